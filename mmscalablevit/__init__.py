@@ -1,0 +1,18 @@
+# Copyright (c) mmscalablevit contributors. All rights reserved.
+"""ScalableViT backbones for mmdet, mmseg and mmpretrain.
+
+Importing the package registers ``ScalableViT`` in mmengine's root registry, so that
+``custom_imports = dict(imports=['mmscalablevit'], allow_failed_imports=False)`` in a config is
+all a user of any OpenMMLab toolbox needs.
+"""
+
+from .compat import check_dependencies, declare_torchvision_ops
+from .version import __version__
+
+check_dependencies()
+# Before any toolbox is imported: mmdet imports mmpretrain, which imports torchvision.
+declare_torchvision_ops()
+
+from .models import ScalableViT  # noqa: E402
+
+__all__ = ['ScalableViT', '__version__']

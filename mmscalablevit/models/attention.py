@@ -1,0 +1,216 @@
+# Copyright (c) mmscalablevit contributors. All rights reserved.
+"""The two attentions of ScalableViT, on channels-last maps (B, H, W, C)."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .embedding import conv_channels_last
+
+
+class ScalableSelfAttention(nn.Module):
+    """Scalable Self-Attention, SSA (ScalableViT, section "Scalable Self-Attention").
+
+    Global attention whose keys and values come from a map reduced by a strided convolution
+    (spatial scaling) and whose query and key widths are scaled by a factor (channel scaling).
+
+    Args:
+        embed_dims (int): Channels of the map.
+        num_heads (int): Attention heads; must divide ``embed_dims`` and the scaled width
+            ``int(embed_dims * c_ratio)``.
+        c_ratio (float): Width of query and key relative to ``embed_dims``. Defaults to 1.
+        sr_ratio (int): Kernel and stride of the reduction in pixels; 1 for none. Defaults to 1.
+        kv (str): 'separate' (values ``embed_dims`` wide, as in the released classification code)
+            or 'merged' (values as wide as the keys, as in the authors' detection code). Makes no
+            difference where ``sr_ratio`` is 1. Defaults to 'separate'.
+        attn_drop (float): Dropout rate of the attention weights. Defaults to 0.
+        proj_drop (float): Dropout rate of the output. Defaults to 0.
+
+    Example:
+        >>> import torch
+        >>> attn = ScalableSelfAttention(64, num_heads=2, c_ratio=1.25, sr_ratio=8)
+        >>> attn(torch.rand(1, 25, 33, 64)).shape
+        torch.Size([1, 25, 33, 64])
+    """
+
+    def __init__(
+        self,
+        embed_dims: int,
+        num_heads: int,
+        c_ratio: float = 1.0,
+        sr_ratio: int = 1,
+        kv: str = 'separate',
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.sr_ratio = sr_ratio
+        self.scale = (embed_dims // num_heads * c_ratio) ** -0.5
+        self.attn_drop = attn_drop
+        self.proj_drop = nn.Dropout(proj_drop)
+
+        scaled_dims = int(embed_dims * c_ratio) if sr_ratio > 1 else embed_dims
+        merged = sr_ratio == 1 or kv == 'merged'
+        self.value_dims = scaled_dims if merged else embed_dims
+        self.q = nn.Linear(embed_dims, scaled_dims)
+        if sr_ratio > 1:
+            self.reduction = nn.Sequential(
+                nn.Conv2d(embed_dims, embed_dims, sr_ratio, sr_ratio, groups=embed_dims),
+                nn.Conv2d(embed_dims, scaled_dims, 1),
+            )
+            self.norm_act = nn.Sequential(nn.LayerNorm(scaled_dims, eps=1e-5), nn.GELU())
+        if merged:
+            self.kv = nn.Linear(scaled_dims, 2 * scaled_dims)
+        else:
+            self.k = nn.Linear(scaled_dims, scaled_dims)
+            self.v = nn.Linear(scaled_dims, embed_dims)
+        self.proj = nn.Linear(self.value_dims, embed_dims)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend from every position of a map to its reduced copy.
+
+        Args:
+            x (Tensor): Map of shape (B, H, W, C). Rows and columns left over by the reduction are
+                not seen by keys and values; a map smaller than the kernel is padded with zeros on
+                the right and bottom up to one kernel.
+
+        Returns:
+            Tensor: Map of shape (B, H, W, C).
+        """
+        batch, height, width, _ = x.shape
+        query = self._heads(self.q(x).flatten(1, 2))
+        key, value = self._key_value(x)
+        dropout = self.attn_drop if self.training else 0.0
+        out = fused_attention(query, key, value, self.scale, dropout)
+        out = out.transpose(1, 2).reshape(batch, height, width, self.value_dims)
+        return self.proj_drop(self.proj(out))
+
+    def _key_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if self.sr_ratio > 1:
+            x = self.norm_act(conv_channels_last(self.reduction, self._pad_to_kernel(x)))
+        x = x.flatten(1, 2)
+        if hasattr(self, 'kv'):
+            key, value = self.kv(x).chunk(2, dim=-1)
+        else:
+            key, value = self.k(x), self.v(x)
+        return self._heads(key), self._heads(value)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def _pad_to_kernel(self, x: Tensor) -> Tensor:
+        bottom = max(self.sr_ratio - x.shape[1], 0)
+        right = max(self.sr_ratio - x.shape[2], 0)
+        return F.pad(x, (0, 0, 0, right, 0, bottom)) if bottom or right else x
+
+
+class InteractiveWindowSelfAttention(nn.Module):
+    """Interactive Window-based Self-Attention, IWSA (ScalableViT, section of that name).
+
+    Attention inside windows that do not overlap, plus the local interactive module (LIM): a
+    depthwise 3x3 convolution of the value map, which crosses the window borders.
+
+    Args:
+        embed_dims (int): Channels of the map.
+        num_heads (int): Attention heads; must divide ``embed_dims``.
+        window_size (int): Side of a window in pixels of the map. Defaults to 7.
+        attn_drop (float): Dropout rate of the attention weights. Defaults to 0.
+        proj_drop (float): Dropout rate of the output. Defaults to 0.
+
+    Example:
+        >>> import torch
+        >>> InteractiveWindowSelfAttention(64, num_heads=2)(torch.rand(1, 25, 33, 64)).shape
+        torch.Size([1, 25, 33, 64])
+    """
+
+    def __init__(
+        self,
+        embed_dims: int,
+        num_heads: int,
+        window_size: int = 7,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.window_size = window_size
+        self.scale = (embed_dims // num_heads) ** -0.5
+        self.attn_drop = attn_drop
+        self.qkv = nn.Linear(embed_dims, 3 * embed_dims)
+        self.lim_func = nn.Conv2d(embed_dims, embed_dims, 3, padding=1, groups=embed_dims)
+        self.proj = nn.Linear(embed_dims, embed_dims)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend inside windows and add the convolved values.
+
+        Args:
+            x (Tensor): Map of shape (B, H, W, C). Where the window does not divide it, zeros are
+                added on the right and bottom; they take part in attention as the bias of ``qkv``.
+
+        Returns:
+            Tensor: Map of shape (B, H, W, C).
+        """
+        _, height, width, channels = x.shape
+        bottom, right = -height % self.window_size, -width % self.window_size
+        if bottom or right:
+            x = F.pad(x, (0, 0, 0, right, 0, bottom))
+        qkv = self.qkv(x)
+        lim = conv_channels_last(self.lim_func, qkv[..., 2 * channels :])
+        # The windows are a view of the LIM map, so adding into them needs no copy back to a map.
+        out = self._windows(lim.contiguous())
+        out = out.add_(self._attend(self._windows(qkv)))
+        out = out.transpose(2, 3).flatten(1, 2).flatten(2, 3)
+        if bottom or right:
+            out = out[:, :height, :width]
+        return self.proj_drop(self.proj(out))
+
+    def _windows(self, x: Tensor) -> Tensor:
+        """View a map (B, H, W, C) as (B, rows, columns, window, window, C)."""
+        size = self.window_size
+        return x.unflatten(2, (-1, size)).unflatten(1, (-1, size)).transpose(2, 3)
+
+    def _attend(self, qkv: Tensor) -> Tensor:
+        """Attend inside windows: (B, rows, columns, window, window, 3C) to the same with C."""
+        windows = qkv.shape[:-1]
+        qkv = qkv.reshape(
+            -1, self.window_size**2, 3, self.num_heads, qkv.shape[-1] // 3 // self.num_heads
+        )
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        dropout = self.attn_drop if self.training else 0.0
+        out = fused_attention(query, key, value, self.scale, dropout)
+        return out.transpose(1, 2).reshape(*windows, -1)
+
+
+def fused_attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float = 0.0
+) -> Tensor:
+    """Scaled dot-product attention through torch's fused kernels, for any two widths.
+
+    The fused kernels want values as wide as keys and otherwise fall back to explicit matrices. The
+    narrower side is padded with zeros, which changes neither the products nor the kept outputs.
+
+    Args:
+        query (Tensor): Queries of shape (B, heads, N, D).
+        key (Tensor): Keys of shape (B, heads, M, D).
+        value (Tensor): Values of shape (B, heads, M, E).
+        scale (float): Factor on the products.
+        dropout (float): Dropout rate of the attention weights. Defaults to 0.
+
+    Returns:
+        Tensor: Attended values of shape (B, heads, N, E).
+
+    Example:
+        >>> import torch
+        >>> q, k, v = torch.rand(1, 2, 9, 40), torch.rand(1, 2, 4, 40), torch.rand(1, 2, 4, 32)
+        >>> fused_attention(q, k, v, scale=40**-0.5).shape
+        torch.Size([1, 2, 9, 32])
+    """
+    key_width, value_width = key.shape[-1], value.shape[-1]
+    if value_width < key_width:
+        value = F.pad(value, (0, key_width - value_width))
+    elif value_width > key_width:
+        query = F.pad(query, (0, value_width - key_width))
+        key = F.pad(key, (0, value_width - key_width))
+    out = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=scale)
+    return out[..., :value_width]

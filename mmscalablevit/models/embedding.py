@@ -1,0 +1,87 @@
+# Copyright (c) mmscalablevit contributors. All rights reserved.
+"""Patch embedding and conditional position encoding.
+
+Maps travel between modules channels-last, as (B, H, W, C): linear layers and norms then need no
+transposition, and a convolution sees the same memory as an NCHW tensor in channels-last format.
+"""
+
+from torch import Tensor, nn
+
+
+class PatchEmbed(nn.Module):
+    """Overlapping convolutional patch embedding (ScalableViT, section "Overall Architecture").
+
+    A strided convolution followed by LayerNorm. The output has ``ceil(size / stride)`` rows and
+    columns.
+
+    Args:
+        in_channels (int): Channels of the input map.
+        embed_dims (int): Channels of the output map.
+        kernel_size (int): Kernel of the convolution in pixels; the padding is half of it.
+        stride (int): Stride of the convolution in pixels.
+        drop (float): Dropout rate of the output. Defaults to 0.
+
+    Example:
+        >>> import torch
+        >>> embed = PatchEmbed(3, 64, kernel_size=7, stride=4)
+        >>> embed(torch.rand(1, 97, 131, 3)).shape
+        torch.Size([1, 25, 33, 64])
+    """
+
+    def __init__(
+        self, in_channels: int, embed_dims: int, kernel_size: int, stride: int, drop: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, embed_dims, kernel_size, stride, kernel_size // 2)
+        self.norm = nn.LayerNorm(embed_dims, eps=1e-6)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Embed a map.
+
+        Args:
+            x (Tensor): Map of shape (B, H, W, in_channels).
+
+        Returns:
+            Tensor: Map of shape (B, ceil(H / stride), ceil(W / stride), embed_dims).
+        """
+        return self.drop(self.norm(conv_channels_last(self.proj, x)))
+
+
+class PositionEncodingGenerator(nn.Module):
+    """Conditional position encoding, PEG (arXiv 2102.10882, as used in ScalableViT).
+
+    A depthwise 3x3 convolution with an identity branch.
+
+    Args:
+        embed_dims (int): Channels of the map.
+
+    Example:
+        >>> import torch
+        >>> PositionEncodingGenerator(64)(torch.rand(1, 7, 9, 64)).shape
+        torch.Size([1, 7, 9, 64])
+    """
+
+    def __init__(self, embed_dims: int) -> None:
+        super().__init__()
+        # A container of one: released checkpoints name the weight `proj.0`.
+        self.proj = nn.Sequential(
+            nn.Conv2d(embed_dims, embed_dims, 3, padding=1, groups=embed_dims)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add the position encoding to a map of shape (B, H, W, C); the shape stays."""
+        return x + conv_channels_last(self.proj, x)
+
+
+def conv_channels_last(conv: nn.Module, x: Tensor) -> Tensor:
+    """Apply a convolution to a map of shape (B, H, W, C) and return one of the same layout.
+
+    Both transpositions are views; no memory moves if the convolution keeps channels-last format.
+
+    Example:
+        >>> import torch
+        >>> conv_channels_last(torch.nn.Conv2d(3, 8, 1), torch.rand(1, 4, 5, 3)).shape
+        torch.Size([1, 4, 5, 8])
+    """
+    return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)

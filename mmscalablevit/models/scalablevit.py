@@ -1,0 +1,474 @@
+# Copyright (c) mmscalablevit contributors. All rights reserved.
+"""The ScalableViT backbone: arch zoo, stages, multi-scale outputs, freezing, initialization."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import islice
+from numbers import Real
+
+import torch
+from mmcv.cnn.bricks import DropPath
+from mmengine.logging import print_log
+from mmengine.model import BaseModule, trunc_normal_init
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .attention import InteractiveWindowSelfAttention, ScalableSelfAttention
+from .checkpoint import load_backbone_checkpoint
+from .embedding import PatchEmbed, PositionEncodingGenerator
+
+NUM_STAGES = 4
+
+_SMALL = dict(
+    embed_dims=(64, 128, 256, 512),
+    num_heads=(2, 4, 8, 16),
+    depths=(2, 2, 20, 2),
+    c_ratios=(1.25, 1.25, 1.25, 1),
+    sr_ratios=(8, 4, 2, 1),
+    window_sizes=(7, 7, 7, 7),
+    mlp_ratios=(4, 4, 4, 4),
+    ssa_kv='separate',
+)
+_BASE = dict(
+    _SMALL,
+    embed_dims=(96, 192, 384, 768),
+    num_heads=(3, 6, 12, 24),
+    depths=(2, 2, 14, 6),
+    c_ratios=(2, 1.25, 1.25, 1),
+)
+_LARGE = dict(
+    _SMALL,
+    embed_dims=(128, 256, 512, 1024),
+    num_heads=(4, 8, 16, 32),
+    depths=(2, 6, 12, 4),
+    c_ratios=(0.25, 0.5, 1, 1),
+)
+_SMALL_MERGED = dict(_SMALL, ssa_kv='merged')
+ARCH_ZOO = {
+    **dict.fromkeys(['s', 'small'], _SMALL),
+    **dict.fromkeys(['b', 'base'], _BASE),
+    **dict.fromkeys(['l', 'large'], _LARGE),
+    **dict.fromkeys(['s-merged', 'small-merged'], _SMALL_MERGED),
+}
+
+
+class MLP(nn.Module):
+    """Two linear layers with an exact GELU between them.
+
+    Args:
+        embed_dims (int): Channels in and out.
+        hidden_dims (int): Channels between the layers.
+        drop (float): Dropout rate after each layer. Defaults to 0.
+
+    Example:
+        >>> import torch
+        >>> MLP(64, 256)(torch.rand(1, 7, 9, 64)).shape
+        torch.Size([1, 7, 9, 64])
+    """
+
+    def __init__(self, embed_dims: int, hidden_dims: int, drop: float = 0.0) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(embed_dims, hidden_dims)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden_dims, embed_dims)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform the last dimension of ``x``; the shape stays."""
+        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+
+
+class Block(nn.Module):
+    """Transformer block: attention and MLP, each with pre-norm, residual and stochastic depth.
+
+    Args:
+        embed_dims (int): Channels of the map.
+        attn (nn.Module): Attention on a map of shape (B, H, W, C).
+        mlp_ratio (float): Width of the MLP relative to ``embed_dims``. Defaults to 4.
+        drop (float): Dropout rate inside the MLP. Defaults to 0.
+        drop_path (float): Stochastic depth rate of both branches. Defaults to 0.
+
+    Example:
+        >>> import torch
+        >>> block = Block(64, InteractiveWindowSelfAttention(64, num_heads=2))
+        >>> block(torch.rand(1, 7, 9, 64)).shape
+        torch.Size([1, 7, 9, 64])
+    """
+
+    def __init__(
+        self,
+        embed_dims: int,
+        attn: nn.Module,
+        mlp_ratio: float = 4.0,
+        drop: float = 0.0,
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(embed_dims, eps=1e-6)
+        self.attn = attn
+        self.norm2 = nn.LayerNorm(embed_dims, eps=1e-6)
+        self.mlp = MLP(embed_dims, int(embed_dims * mlp_ratio), drop)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform a map of shape (B, H, W, C); the shape stays."""
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+@MODELS.register_module()
+class ScalableViT(BaseModule):
+    """ScalableViT backbone with multi-scale outputs (arXiv 2203.10790, ECCV 2022).
+
+    Four stages of strides 4, 8, 16 and 32. A stage is a patch embedding followed by blocks that
+    alternate window attention (IWSA, even index) and global attention on a reduced map (SSA, odd
+    index), with one position encoding (PEG) after the first block. Parameters are named as in the
+    released checkpoints.
+
+    Stages after the last requested output are not built.
+
+    Args:
+        arch (str | dict): Architecture. A name: 'small' ('s'), 'base' ('b') and 'large' ('l') as in
+            the released classification code, or 'small-merged' ('s-merged'), the small model of the
+            published detection and segmentation tables. Or a dict of these keys, all of them
+            needed, each a sequence of four numbers except the last:
+
+            - **embed_dims** (Sequence[int]): Channels of each stage.
+            - **num_heads** (Sequence[int]): Attention heads of each stage.
+            - **depths** (Sequence[int]): Blocks of each stage.
+            - **c_ratios** (Sequence[float]): SSA's width of query and key relative to
+              ``embed_dims``; 1 where ``sr_ratios`` is 1.
+            - **sr_ratios** (Sequence[int]): SSA's spatial reduction in pixels of the stage's map.
+            - **window_sizes** (Sequence[int]): IWSA's window in pixels of the stage's map.
+            - **mlp_ratios** (Sequence[float]): Width of the MLP relative to ``embed_dims``.
+            - **ssa_kv** (str): 'separate' or 'merged', see :class:`ScalableSelfAttention`.
+
+            Defaults to 'small'.
+        in_channels (int): Channels of the input image. Defaults to 3.
+        out_indices (Sequence[int]): Stages to return, of 0 to 3 in ascending order.
+            Defaults to (0, 1, 2, 3).
+        stage_norm (str | None): 'chained': a LayerNorm after each stage, emitted and fed to the
+            next stage, as in the authors' code for dense prediction. 'output': a LayerNorm on the
+            emitted copies only. None: no norm, as in the classifier. Defaults to 'chained'.
+        final_norm (bool): Whether the last stage's output passes the classifier's ``norm``; needs
+            stage 3 in ``out_indices``. Defaults to False.
+        drop_rate (float): Dropout rate after patch embeddings, attentions and inside MLPs.
+            Defaults to 0.
+        attn_drop_rate (float): Dropout rate of attention weights. Defaults to 0.
+        drop_path_rate (float): Stochastic depth rate of the last block; it grows linearly from 0
+            at the first. Defaults to 0.
+        frozen_stages (int): Freeze (no gradient, eval mode) nothing at -1, the stem (first patch
+            embedding) at 0, the stem and the first i stages at i. Defaults to -1.
+        norm_eval (bool): Whether norm layers with running statistics stay in eval mode during
+            training. Defaults to False.
+        with_cp (bool): Whether to recompute blocks in the backward pass (gradient checkpointing) to
+            save memory. Defaults to False.
+        init_cfg (dict | list[dict], optional): Initialization. None initializes from scratch as
+            released; ``dict(type='Pretrained', checkpoint=FILE)`` loads a checkpoint of any layout
+            that :mod:`mmscalablevit.models.checkpoint` knows, strictly. Defaults to None.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument is out of its range; the message names it and what is allowed.
+
+    Example:
+        >>> import torch
+        >>> from mmscalablevit import ScalableViT
+        >>> model = ScalableViT('small').eval()
+        >>> [tuple(x.shape) for x in model(torch.rand(1, 3, 97, 131))]
+        [(1, 64, 25, 33), (1, 128, 13, 17), (1, 256, 7, 9), (1, 512, 4, 5)]
+    """
+
+    arch_zoo = ARCH_ZOO
+
+    def __init__(
+        self,
+        arch: str | dict = 'small',
+        in_channels: int = 3,
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        stage_norm: str | None = 'chained',
+        final_norm: bool = False,
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        frozen_stages: int = -1,
+        norm_eval: bool = False,
+        with_cp: bool = False,
+        init_cfg: dict | list[dict] | None = None,
+    ) -> None:
+        super().__init__(init_cfg=init_cfg)
+        self.arch_settings = _arch_settings(arch, self.arch_zoo)
+        _check_int('in_channels', in_channels, 1)
+        _check_out_indices(out_indices)
+        if stage_norm not in ('chained', 'output', None):
+            raise ValueError(f"stage_norm must be 'chained', 'output' or None, got {stage_norm!r}")
+        if final_norm and NUM_STAGES - 1 not in out_indices:
+            raise ValueError(f'final_norm needs stage 3 in out_indices, got {tuple(out_indices)}')
+        for name, rate in dict(
+            drop_rate=drop_rate, attn_drop_rate=attn_drop_rate, drop_path_rate=drop_path_rate
+        ).items():
+            _check_rate(name, rate)
+        _check_int('frozen_stages', frozen_stages, -1, NUM_STAGES)
+
+        self.in_channels = in_channels
+        self.out_indices = tuple(out_indices)
+        self.stage_norm = stage_norm
+        self.frozen_stages = frozen_stages
+        self.norm_eval = norm_eval
+        self.with_cp = with_cp
+
+        embed_dims = self.arch_settings['embed_dims']
+        depths = self.arch_settings['depths']
+        num_built = self.out_indices[-1] + 1
+        self.patch_embeds = nn.ModuleList(
+            PatchEmbed(in_channels, embed_dims[0], kernel_size=7, stride=4, drop=drop_rate)
+            if i == 0
+            else PatchEmbed(
+                embed_dims[i - 1], embed_dims[i], kernel_size=3, stride=2, drop=drop_rate
+            )
+            for i in range(num_built)
+        )
+        self.pos_block = nn.ModuleList(
+            PositionEncodingGenerator(embed_dims[i]) for i in range(num_built)
+        )
+        last_block = max(sum(depths) - 1, 1)
+        rates = iter(drop_path_rate * i / last_block for i in range(sum(depths)))
+        self.stages = nn.ModuleList(
+            self._make_stage(i, list(islice(rates, depths[i])), drop_rate, attn_drop_rate)
+            for i in range(num_built)
+        )
+        if stage_norm is not None:
+            # The index is part of the released name, so a norm without use leaves its place empty.
+            self.norm_list = nn.ModuleList(
+                nn.LayerNorm(embed_dims[i], eps=1e-6)
+                if stage_norm == 'chained' or i in self.out_indices
+                else nn.Identity()
+                for i in range(num_built)
+            )
+        if final_norm:
+            self.norm = nn.LayerNorm(embed_dims[-1], eps=1e-6)
+        self._freeze_stages()
+
+    def _make_stage(
+        self, index: int, drop_paths: list[float], drop: float, attn_drop: float
+    ) -> nn.ModuleList:
+        arch = {
+            key: value if key == 'ssa_kv' else value[index]
+            for key, value in self.arch_settings.items()
+        }
+        dims, heads = arch['embed_dims'], arch['num_heads']
+
+        def attention(block_index: int) -> nn.Module:
+            if block_index % 2 == 0:
+                return InteractiveWindowSelfAttention(
+                    dims, heads, arch['window_sizes'], attn_drop, drop
+                )
+            return ScalableSelfAttention(
+                dims, heads, arch['c_ratios'], arch['sr_ratios'], arch['ssa_kv'], attn_drop, drop
+            )
+
+        return nn.ModuleList(
+            Block(dims, attention(j), arch['mlp_ratios'], drop, drop_path)
+            for j, drop_path in enumerate(drop_paths)
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Compute the feature maps of an image batch.
+
+        Args:
+            x (Tensor): Images of shape (B, in_channels, H, W), any H and W from 1 up.
+
+        Returns:
+            tuple[Tensor]: One contiguous map of shape (B, embed_dims[i], H_i, W_i) for each i of
+            ``out_indices``; sizes are rounded up: H_0 = ceil(H / 4), H_i = ceil(H_(i-1) / 2).
+
+        Raises:
+            ValueError: If ``x`` is no batch of images with ``in_channels`` channels.
+        """
+        if x.dim() != 4 or x.shape[1] != self.in_channels or 0 in x.shape:
+            raise ValueError(
+                f'ScalableViT with in_channels={self.in_channels} expects images of shape '
+                f'(B, {self.in_channels}, H, W), none of them empty, got {tuple(x.shape)}'
+            )
+        x = x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+        outs = []
+        for i in range(len(self.stages)):
+            x = self._forward_stage(i, x)
+            out = x
+            if self.stage_norm is not None:
+                out = self.norm_list[i](x)
+            if self.stage_norm == 'chained':
+                x = out
+            if i in self.out_indices:
+                if i == NUM_STAGES - 1 and hasattr(self, 'norm'):
+                    out = self.norm(out)
+                # mmcv's RoIAlign reads the memory as NCHW whatever the strides say.
+                outs.append(out.permute(0, 3, 1, 2).contiguous())
+        return tuple(outs)
+
+    def _forward_stage(self, index: int, x: Tensor) -> Tensor:
+        x = self.patch_embeds[index](x)
+        for j, block in enumerate(self.stages[index]):
+            if self.with_cp and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+            if j == 0:
+                x = self.pos_block[index](x)
+        return x
+
+    def train(self, mode: bool = True) -> ScalableViT:
+        """Set the training mode; what is frozen stays in eval mode."""
+        super().train(mode)
+        self._freeze_stages()
+        if mode and self.norm_eval:
+            for module in self.modules():
+                if isinstance(module, nn.modules.batchnorm._NormBase):
+                    module.eval()
+        return self
+
+    def _freeze_stages(self) -> None:
+        for module in self._frozen_modules():
+            module.eval()
+            for parameter in module.parameters():
+                parameter.requires_grad = False
+
+    def _frozen_modules(self) -> list[nn.Module]:
+        if self.frozen_stages < 0:
+            return []
+        count = self.frozen_stages
+        modules = [
+            *self.patch_embeds[: max(count, 1)],
+            *self.pos_block[:count],
+            *self.stages[:count],
+        ]
+        if self.stage_norm is not None:
+            modules += self.norm_list[:count]
+        if count == NUM_STAGES and hasattr(self, 'norm'):
+            modules.append(self.norm)
+        return modules
+
+    def init_weights(self) -> None:
+        """Initialize from scratch as released, or from ``init_cfg``.
+
+        From scratch: truncated normal of standard deviation 0.02 for linear layers, normal by fan
+        out for convolutions, ones and zeros for norms, zero biases.
+
+        Raises:
+            FileNotFoundError: If the checkpoint of ``init_cfg`` does not exist.
+            ValueError: If it does not fit; the message lists the keys or names the right ``arch``.
+        """
+        if self.is_init:
+            print_log('init_weights of ScalableViT has been called before', logger='current')
+            return
+        cfgs = [self.init_cfg] if isinstance(self.init_cfg, dict) else list(self.init_cfg or [])
+        pretrained = [cfg for cfg in cfgs if cfg['type'] == 'Pretrained']
+        self._init_from_scratch()
+        if len(pretrained) < len(cfgs):
+            self.init_cfg = [cfg for cfg in cfgs if cfg['type'] != 'Pretrained']
+            super().init_weights()
+            self.init_cfg = cfgs
+        for cfg in pretrained:
+            load_backbone_checkpoint(self, **{k: v for k, v in cfg.items() if k != 'type'})
+        self.is_init = True
+
+    def _init_from_scratch(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                trunc_normal_init(module, std=0.02)
+            elif isinstance(module, nn.LayerNorm):
+                nn.init.ones_(module.weight)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Conv2d):
+                fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
+                nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
+                nn.init.zeros_(module.bias)
+
+
+def _arch_settings(arch: str | dict, zoo: dict[str, dict]) -> dict:
+    if isinstance(arch, str):
+        if arch.lower() not in zoo:
+            raise ValueError(f'arch must be a dict or one of {sorted(zoo)}, got {arch!r}')
+        return zoo[arch.lower()]
+    if not isinstance(arch, dict):
+        raise TypeError(f'arch must be a name or a dict, got {type(arch).__name__}')
+    keys = zoo['small'].keys()
+    missing, unknown = keys - arch.keys(), arch.keys() - keys
+    if missing or unknown:
+        raise ValueError(
+            f'arch as a dict needs exactly the keys {sorted(keys)}; '
+            f'missing: {sorted(missing)}, unknown: {sorted(unknown)}'
+        )
+    if arch['ssa_kv'] not in ('separate', 'merged'):
+        raise ValueError(f"arch['ssa_kv'] must be 'separate' or 'merged', got {arch['ssa_kv']!r}")
+    settings = {key: arch[key] for key in keys}
+    for key in keys - {'ssa_kv'}:
+        settings[key] = _stage_values(key, arch[key])
+    _check_widths(settings)
+    return settings
+
+
+def _stage_values(key: str, values: Sequence[float]) -> tuple[float, ...]:
+    kind, wanted = (Real, 'numbers') if key in ('c_ratios', 'mlp_ratios') else (int, 'integers')
+    valid = (
+        isinstance(values, (list, tuple))
+        and len(values) == NUM_STAGES
+        and all(
+            isinstance(v, kind) and not isinstance(v, bool) and 0 < v < math.inf for v in values
+        )
+    )
+    if not valid:
+        raise ValueError(f'arch[{key!r}] must be {NUM_STAGES} positive {wanted}, got {values!r}')
+    return tuple(values)
+
+
+def _check_widths(arch: dict) -> None:
+    for i in range(NUM_STAGES):
+        dims, heads, ratio = (arch[key][i] for key in ('embed_dims', 'num_heads', 'c_ratios'))
+        if dims % heads:
+            raise ValueError(
+                f"arch['num_heads'][{i}]={heads} does not divide arch['embed_dims'][{i}]={dims}"
+            )
+        if arch['sr_ratios'][i] == 1 and ratio != 1:
+            raise ValueError(
+                f"arch['c_ratios'][{i}] must be 1 where arch['sr_ratios'][{i}] is 1, got {ratio}"
+            )
+        scaled_dims = int(dims * ratio)
+        if scaled_dims % heads or scaled_dims == 0:
+            raise ValueError(
+                f"arch['num_heads'][{i}]={heads} does not divide SSA's width "
+                f'int(embed_dims * c_ratio) = int({dims} * {ratio}) = {scaled_dims}'
+            )
+        if int(dims * arch['mlp_ratios'][i]) == 0:
+            raise ValueError(
+                f"arch['mlp_ratios'][{i}]={arch['mlp_ratios'][i]} leaves the MLP no width"
+            )
+
+
+def _check_int(name: str, value: int, low: int, high: float = math.inf) -> None:
+    allowed = (
+        f'an integer of at least {low}' if high == math.inf else f'an integer of {low} to {high}'
+    )
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f'{name} must be {allowed}, got {value!r}')
+    if not low <= value <= high:
+        raise ValueError(f'{name} must be {allowed}, got {value}')
+
+
+def _check_rate(name: str, rate: float) -> None:
+    if not isinstance(rate, Real) or isinstance(rate, bool):
+        raise TypeError(f'{name} must be a number in [0, 1), got {rate!r}')
+    if not 0 <= rate < 1:
+        raise ValueError(f'{name} must be in [0, 1), got {rate}')
+
+
+def _check_out_indices(out_indices: Sequence[int]) -> None:
+    allowed = f'stages of 0 to {NUM_STAGES - 1} in ascending order, at least one'
+    if not isinstance(out_indices, (list, tuple)) or not all(type(i) is int for i in out_indices):
+        raise TypeError(f'out_indices must be a sequence of {allowed}, got {out_indices!r}')
+    in_range = all(0 <= i < NUM_STAGES for i in out_indices)
+    if not out_indices or not in_range or list(out_indices) != sorted(set(out_indices)):
+        raise ValueError(f'out_indices must be {allowed}, got {tuple(out_indices)}')

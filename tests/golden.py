@@ -1,0 +1,48 @@
+# Copyright (c) mmscalablevit contributors. All rights reserved.
+"""Deterministic weights and inputs behind the golden outputs in ``tests/data/reference``."""
+
+import json
+import math
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+
+REFERENCE = Path(__file__).parent / 'data' / 'reference'
+
+
+def reference_tensor(name, shape):
+    """Weight of an official name: a function of the name and the shape alone."""
+    rng = np.random.default_rng(zlib.crc32(name.encode()))
+    z = rng.standard_normal(tuple(shape)).astype(np.float32)
+    if len(shape) >= 2:
+        return z * np.float32((1.0 / math.prod(shape[1:])) ** 0.5)
+    if name.endswith('.weight'):
+        return np.float32(1) + np.float32(0.02) * z
+    return np.float32(0.02) * z
+
+
+def reference_state(shapes):
+    """State dict of ``{name: shape}``."""
+    return {name: torch.from_numpy(reference_tensor(name, shape)) for name, shape in shapes.items()}
+
+
+def reference_input(seed, shape):
+    return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape).astype(np.float32))
+
+
+def load_reference(model):
+    """Fill a model with its deterministic weights."""
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    model.load_state_dict(reference_state(shapes), strict=True)
+    return model.eval()
+
+
+def read_json(name):
+    return json.loads((REFERENCE / name).read_text())
+
+
+def relative_error(value, golden):
+    golden = golden.double()
+    return ((value.double() - golden).abs().max() / golden.abs().max()).item()
