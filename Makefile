@@ -1,0 +1,26 @@
+# make env | demo | test | lint. An active virtual or conda environment is used, else .venv is made.
+CONDA_ENV := $(if $(filter-out base,$(CONDA_DEFAULT_ENV)),$(CONDA_PREFIX))
+ENV ?= $(or $(VIRTUAL_ENV),$(CONDA_ENV),.venv)
+PYTHON := $(ENV)/bin/python
+TORCH ?= torch==2.13.0 torchvision==0.28.0
+STAMP := $(ENV)/.mmscalablevit-installed
+DEMO_DIR ?= work_dirs/demo
+
+.PHONY: env demo test lint
+
+env:
+	@tools/misc/setup_env.sh "$(ENV)" $(TORCH)
+	@touch "$(STAMP)"
+
+$(STAMP): setup.py tools/misc/setup_env.sh
+	@$(MAKE) --no-print-directory env
+
+demo: $(STAMP)
+	@PYTHON="$(abspath $(PYTHON))" tools/demo.sh "$(DEMO_DIR)"
+
+test: $(STAMP)
+	$(PYTHON) -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .

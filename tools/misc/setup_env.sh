@@ -1,0 +1,86 @@
+#!/usr/bin/env bash
+# Installs everything mmscalablevit needs into one Python environment. Safe to call again: what is
+# there is kept.
+set -euo pipefail
+
+usage='Usage: tools/misc/setup_env.sh ENV_DIR TORCH_REQUIREMENT...
+Example: tools/misc/setup_env.sh .venv torch==2.13.0 torchvision==0.28.0'
+if [ $# -lt 2 ]; then
+    echo "$usage" >&2
+    exit 2
+fi
+env_dir=$1
+shift
+cd "$(dirname "$0")/../.."
+
+MMENGINE=onedl-mmengine==0.10.12
+MMCV=onedl-mmcv==2.3.6
+
+say() { printf '\n== %s\n' "$*"; }
+has() { "$python" -c "import $1" > /dev/null 2>&1; }
+pip_install() { "$python" -m pip install --quiet --disable-pip-version-check "$@"; }
+fail() {
+    printf '%s\n' "$*" >&2
+    exit 1
+}
+
+if [ ! -x "$env_dir/bin/python" ]; then
+    say "Creating the virtual environment $env_dir"
+    python3 -m venv "$env_dir" ||
+        fail 'python3 -m venv failed; on Debian and Ubuntu: apt-get install python3-venv'
+fi
+python=$env_dir/bin/python
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+    fail "Python 3.10 or newer is needed, $env_dir has $("$python" --version)"
+
+if has torch; then
+    say "Keeping torch $("$python" -c 'import torch; print(torch.__version__)')"
+    has torch && ! "$python" -m pip show --quiet torchvision 2> /dev/null && missing_vision=1
+else
+    say "Installing $*"
+    pip_install "$@"
+fi
+# Nothing below may replace the torch that is there.
+constraints=$(mktemp)
+trap 'rm -f "$constraints"' EXIT
+"$python" -m pip freeze | grep -E '^(torch|torchvision)==' | sed 's/+.*//' > "$constraints"
+if [ -n "${missing_vision:-}" ]; then
+    say 'Installing the torchvision that fits'
+    pip_install --constraint "$constraints" torchvision
+fi
+
+pip_install ninja numpy packaging psutil setuptools wheel
+# The headless build first: mmcv then does not ask for the one that needs a display library.
+has cv2 || pip_install opencv-python-headless
+pip_install --constraint "$constraints" "$MMENGINE"
+
+build_mmcv() {
+    command -v c++ > /dev/null || fail 'No C++ compiler found; on Debian and Ubuntu: apt-get install g++ python3-dev'
+    say "Compiling mmcv's operators: 10 to 20 minutes on 2 cores, once; pip keeps the result"
+    local log=$env_dir/mmcv-build.log
+    # --no-build-isolation: an isolated build has no torch, and then leaves the operators out silently.
+    if ! "$python" -m pip install --verbose --disable-pip-version-check --no-build-isolation \
+        --constraint "$constraints" "$@" "$MMCV" 2>&1 | tee "$log" |
+        grep --line-buffered -oE '^ *\[[0-9]+/[0-9]+\]' |
+        while read -r step; do printf '\r   compiling %s' "$step"; done; then
+        "$python" -c 'import mmcv' 2> /dev/null || fail "Building mmcv failed, see $log"
+    fi
+    echo
+}
+has mmcv._ext || build_mmcv
+# pip's cache does not know which torch a wheel was compiled for.
+has mmcv._ext || build_mmcv --force-reinstall --no-deps --no-cache-dir
+has mmcv._ext || fail "mmcv is installed, but its operators do not load: $("$python" -c 'import mmcv._ext' 2>&1 | tail -1)"
+
+say 'Installing mmscalablevit with mmdet, mmseg, mmpretrain and the test tools'
+pip_install --constraint "$constraints" --no-build-isolation --editable '.[all,test]'
+
+if ! has cv2; then
+    say 'No display library found: taking the headless OpenCV'
+    version=$("$python" -m pip show opencv-python-headless | sed -n 's/^Version: //p')
+    pip_install --force-reinstall --no-deps "opencv-python-headless==$version"
+fi
+"$python" -c 'import mmscalablevit, mmcv._ext, mmdet.models, mmseg.models, mmpretrain.models'
+say "Ready: $("$python" -c '
+import mmscalablevit, mmengine, mmcv, mmdet, mmseg, mmpretrain, torch
+print(*(f"{m.__name__} {m.__version__}" for m in (mmscalablevit, torch, mmengine, mmcv, mmdet, mmseg, mmpretrain)), sep=", ")')"
