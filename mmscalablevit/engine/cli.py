@@ -1,0 +1,324 @@
+# Copyright (c) mmscalablevit contributors. All rights reserved.
+"""What ``tools/train.py`` and ``tools/test.py`` share: arguments, config, checks, runner."""
+
+import argparse
+import importlib
+import inspect
+import logging
+import os
+import os.path as osp
+import sys
+import textwrap
+import traceback
+from collections.abc import Callable, Iterator
+
+import torch
+from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.device import get_device
+from mmengine.logging import print_log
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+
+from .checkpoint import CheckpointError, use_safe_loader
+
+_DISTRIBUTIONS = {
+    'mmdet': 'onedl-mmdetection',
+    'mmseg': 'onedl-mmsegmentation',
+    'mmpretrain': 'onedl-mmpretrain',
+}
+# Data sets of mmpretrain that fetch their own files.
+_DOWNLOADED = ('CIFAR10', 'CIFAR100', 'FashionMNIST', 'MNIST')
+# Top-level keys that are read from a config besides the arguments of Runner.
+_OTHER_KEYS = {
+    'activation_checkpointing',
+    'compile',
+    'custom_imports',
+    'efficient_conv_bn_eval',
+    'find_unused_parameters',
+    'model_wrapper_cfg',
+    'runner_type',
+    'sync_bn',
+    'tta_model',
+    'tta_pipeline',
+}
+
+
+class UserError(Exception):
+    """A mistake in what the user gave: reported as one sentence, without a traceback."""
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a tool and end it with one sentence and exit code 1 where the user erred.
+
+    Args:
+        main (Callable[[], None]): The tool. All errors but ``UserError``, ``CheckpointError`` and
+            ``FileNotFoundError`` keep their traceback.
+
+    Example:
+        >>> def main():
+        ...     raise UserError('--out must end in .pkl')
+        >>> run(main)
+        Traceback (most recent call last):
+        SystemExit: error: --out must end in .pkl
+    """
+    try:
+        main()
+    except FileNotFoundError as error:
+        # A data loader's worker puts its traceback into the message; the sentence comes last.
+        sys.exit(f'error: {str(error).strip().splitlines()[-1]}')
+    except (UserError, CheckpointError) as error:
+        sys.exit(f'error: {" ".join(str(error).split())}')
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that training and testing share.
+
+    Args:
+        parser (argparse.ArgumentParser): The parser to add to.
+
+    Example:
+        >>> parser = argparse.ArgumentParser()
+        >>> add_common_arguments(parser)
+        >>> parser.parse_args(['--launcher', 'slurm']).launcher
+        'slurm'
+    """
+    parser.add_argument('--work-dir', help='folder of logs and checkpoints')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        metavar='KEY=VALUE',
+        help='settings that replace those of the config, such as train_dataloader.batch_size=4; '
+        'lists as KEY="[a,b]" or KEY=a,b, without spaces',
+    )
+    parser.add_argument(
+        '--launcher',
+        choices=['none', 'pytorch', 'slurm', 'mpi'],
+        default='none',
+        help='how distributed processes were started; dist_*.sh and slurm_*.sh set it',
+    )
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
+
+
+def parse_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parse the command line.
+
+    Args:
+        parser (argparse.ArgumentParser): A parser with the common arguments.
+
+    Returns:
+        argparse.Namespace: The arguments.
+
+    Example:
+        >>> parser = argparse.ArgumentParser()
+        >>> add_common_arguments(parser)
+        >>> args = parse_args(parser)  # doctest: +SKIP
+    """
+    try:
+        args = parser.parse_args()
+    # mmengine's parser of options fails in its own ways on what it cannot read.
+    except (ValueError, AssertionError, RecursionError):
+        parser.error(
+            'argument --cfg-options: options must be KEY=VALUE, where VALUE is a number, a word, '
+            'or a list or tuple of them without spaces'
+        )
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    return args
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """Read the config, put the common arguments into it and import its toolbox.
+
+    Args:
+        args (argparse.Namespace): The arguments ``config``, ``work_dir``, ``cfg_options`` and
+            ``launcher``.
+
+    Returns:
+        Config: The config; ``work_dir`` is set.
+
+    Raises:
+        UserError: If the config cannot be read, an option does not fit it, or its toolbox is not
+            installed.
+
+    Example:
+        >>> args = argparse.Namespace(
+        ...     config='configs/detection/mask-rcnn_scalablevit-s_fpn_1x_coco.py',
+        ...     work_dir=None, cfg_options={'train_cfg.max_epochs': 1}, launcher='none')
+        >>> load_config(args).work_dir  # doctest: +SKIP
+        './work_dirs/mask-rcnn_scalablevit-s_fpn_1x_coco'
+    """
+    if not osp.isfile(args.config):
+        raise UserError(f'config {args.config} does not exist')
+    try:
+        cfg = Config.fromfile(args.config)
+    # A config is Python: anything can go wrong in it.
+    except Exception as error:
+        raise UserError(
+            f'config {args.config} cannot be read: {type(error).__name__}: {error}'
+        ) from error
+
+    _merge_options(cfg, args.cfg_options or {})
+    cfg.launcher = args.launcher
+    name = osp.splitext(osp.basename(args.config))[0]
+    cfg.work_dir = args.work_dir or cfg.get('work_dir') or osp.join('./work_dirs', name)
+    _import_toolbox(cfg)
+    if cfg.get('default_scope') == 'mmpretrain':
+        _stack_batches(cfg)
+    return cfg
+
+
+def check_data(cfg: Config, loaders: tuple[str, ...]) -> None:
+    """Check that the files and folders of the data sets exist, before a model is built.
+
+    Args:
+        cfg (Config): The config.
+        loaders (tuple[str, ...]): Keys of the data loaders that will be used.
+
+    Raises:
+        UserError: If a path is missing; the message names it.
+
+    Example:
+        >>> check_data(Config(dict(test_dataloader=dict(dataset=dict(
+        ...     data_root='data/coco', ann_file='val.json')))), ('test_dataloader',))
+        Traceback (most recent call last):
+        mmscalablevit.engine.cli.UserError: test_dataloader: data/coco/val.json does not exist; ...
+    """
+    for loader in loaders:
+        for path in _data_paths((cfg.get(loader) or {}).get('dataset') or {}):
+            if '://' not in path and not osp.exists(path):
+                raise UserError(
+                    f'{loader}: {path} does not exist; put the data there or name its folder with '
+                    f'--cfg-options {loader}.dataset.data_root=DIR'
+                )
+
+
+def build_runner(cfg: Config, loops: tuple[str, ...], strict: bool) -> Runner:
+    """Build the runner, which reads checkpoints with ``weights_only=True``.
+
+    Args:
+        cfg (Config): The config.
+        loops (tuple[str, ...]): Loops to build at once, for errors of their config to show here:
+            of 'train_loop', 'val_loop' and 'test_loop'.
+        strict (bool): Whether a checkpoint must hold exactly the model's parameters.
+
+    Returns:
+        Runner: The runner.
+
+    Raises:
+        UserError: If the model or a loop cannot be built. The traceback is shown with
+            ``--cfg-options log_level=DEBUG``.
+
+    Example:
+        >>> cfg = Config.fromfile('configs/detection/mask-rcnn_scalablevit-s_fpn_1x_coco.py')
+        >>> cfg.work_dir = '/tmp/work_dir'
+        >>> runner = build_runner(cfg, loops=('test_loop',), strict=True)  # doctest: +SKIP
+    """
+    _adapt_to_cpu(cfg)
+    use_safe_loader()
+    try:
+        runner = RUNNERS.build(cfg)
+        for loop in loops:
+            getattr(runner, loop)
+    except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+        print_log(traceback.format_exc(), logger='current', level=logging.DEBUG)
+        raise UserError(
+            f'config {cfg.filename} cannot be built: {type(error).__name__}: {error}'
+        ) from error
+    if strict:
+        _load_strictly(runner)
+    return runner
+
+
+def _merge_options(cfg: Config, options: dict) -> None:
+    known = {*inspect.signature(Runner.__init__).parameters, *_OTHER_KEYS}
+    for key in options:
+        name = key.split('.')[0]
+        # Else it would be ignored: a misspelling, or a config's own variable, such as data_root.
+        if name not in known:
+            raise UserError(
+                f'--cfg-options: nothing reads the key {name!r} once {cfg.filename} is parsed; '
+                'name the entry that uses it, such as train_dataloader.dataset.data_root'
+            )
+    try:
+        cfg.merge_from_dict(options)
+    except (TypeError, KeyError, IndexError) as error:
+        raise UserError(f'--cfg-options: {error}') from error
+
+
+def _import_toolbox(cfg: Config) -> None:
+    scope = cfg.get('default_scope')
+    if scope not in _DISTRIBUTIONS:
+        return
+    try:
+        importlib.import_module(f'{scope}.models')
+    # The original mmdet and mmseg assert the version of mmcv.
+    except (ImportError, AssertionError) as error:
+        raise UserError(
+            f'config {cfg.filename} needs {scope}, which cannot be imported ({error}); '
+            f'install {_DISTRIBUTIONS[scope]} or the original {scope}'
+        ) from error
+
+
+def _stack_batches(cfg: Config) -> None:
+    # mmpretrain's own tools make these the defaults of its data loaders.
+    for loader in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
+        if cfg.get(loader):
+            cfg[loader].setdefault('collate_fn', dict(type='default_collate'))
+            cfg[loader].setdefault('pin_memory', True)
+
+
+def _adapt_to_cpu(cfg: Config) -> None:
+    """Replace what needs an accelerator, where there is none: AMP wrapper, NCCL, SyncBN."""
+    if get_device() != 'cpu':
+        return
+    wrapper = cfg.get('optim_wrapper') or {}
+    if wrapper.get('type') == 'AmpOptimWrapper':
+        for key in ('loss_scale', 'dtype', 'use_fsdp'):
+            wrapper.pop(key, None)
+        wrapper.type = 'CPUAmpOptimWrapper'
+        print_log('No accelerator: mixed precision runs in bfloat16 on CPU', logger='current')
+    if cfg.launcher == 'pytorch' and not torch.distributed.is_initialized():
+        # mmengine would select a CUDA device first.
+        torch.distributed.init_process_group('gloo')
+        cfg.model_wrapper_cfg = dict(
+            type='MMDistributedDataParallel',
+            device_ids=None,
+            broadcast_buffers=False,
+            find_unused_parameters=cfg.get('find_unused_parameters', False),
+        )
+        cfg.sync_bn = None
+        print_log('No accelerator: gloo on CPU, where BN layers are not synchronized', 'current')
+
+
+def _data_paths(dataset: ConfigDict) -> Iterator[str]:
+    if dataset.get('type') in _DOWNLOADED:
+        return
+    for nested in [dataset.get('dataset'), *dataset.get('datasets', [])]:
+        if nested:
+            yield from _data_paths(nested)
+    root = dataset.get('data_root') or ''
+    if root:
+        yield root
+    prefix = dataset.get('data_prefix') or {}
+    names = [dataset.get('ann_file'), *(prefix.values() if isinstance(prefix, dict) else [prefix])]
+    yield from (osp.join(root, name) for name in names if isinstance(name, str) and name)
+
+
+def _load_strictly(runner: Runner) -> None:
+    """Make the runner refuse a checkpoint that does not fit its model; mmengine only warns."""
+    load_checkpoint = runner.load_checkpoint
+
+    def load(filename: str, *args, **kwargs) -> dict:
+        try:
+            return load_checkpoint(filename, *args, **{**kwargs, 'strict': True})
+        except CheckpointError:
+            raise
+        except RuntimeError as error:
+            # The first line only says that model and checkpoint differ.
+            lines = [line for line in str(error).splitlines()[1:] if line.strip()]
+            found = '; '.join(textwrap.shorten(line, 120, placeholder=' ...') for line in lines[:3])
+            raise CheckpointError(
+                f'checkpoint {filename} does not fit the model of {runner.cfg.filename}: {found}'
+            ) from error
+
+    runner.load_checkpoint = load

@@ -1,0 +1,454 @@
+# Copyright (c) mmscalablevit contributors. All rights reserved.
+"""The tools as a user calls them: mostly as processes of their own, on drawn shapes."""
+
+import importlib.util
+import json
+import os
+import pickle
+import runpy
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import mmengine
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+
+ROOT = Path(__file__).parents[1]
+TOOLS = ROOT / 'tools'
+DETECTOR = ROOT / 'tests' / 'data' / 'tiny_mask-rcnn.py'
+BOX_DETECTOR = ROOT / 'tests' / 'data' / 'tiny_retinanet.py'
+SEGMENTOR = ROOT / 'tests' / 'data' / 'tiny_upernet.py'
+NUM_TRAIN, NUM_VAL = 8, 4
+
+
+@pytest.fixture(scope='module')
+def room(tmp_path_factory):
+    """A folder to work in that holds the data set."""
+    folder = tmp_path_factory.mktemp('room')
+    command = [sys.executable, TOOLS / 'dataset_converters' / 'shapes.py', folder / 'shapes']
+    sizes = ['--num-train', str(NUM_TRAIN), '--num-val', str(NUM_VAL), '--size', '64']
+    subprocess.run([*command, *sizes, '--workers', '1'], check=True, stdout=subprocess.DEVNULL)
+    return folder
+
+
+@pytest.fixture(scope='module')
+def environment(room):
+    paths = [str(Path(sys.executable).parent), os.environ['PATH']]
+    return {
+        **os.environ,
+        'PATH': os.pathsep.join(paths),
+        'PYTHONPATH': str(ROOT),
+        'SHAPES_ROOT': str(room / 'shapes'),
+        'CUDA_VISIBLE_DEVICES': '',
+        'OMP_NUM_THREADS': '1',
+    }
+
+
+def run(command, room, environment, expect=0):
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd=room,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == expect, done.stdout[-4000:]
+    return done.stdout
+
+
+def scalars(work_dir):
+    """What the latest run in a work directory logged: training steps and validations."""
+    newest = sorted(Path(work_dir).glob('*/vis_data/scalars.json'))[-1]
+    lines = [json.loads(line) for line in newest.read_text().splitlines()]
+    return [x for x in lines if 'loss' in x], [x for x in lines if 'loss' not in x]
+
+
+@pytest.fixture(scope='module')
+def detector(room, environment):
+    """The log of one epoch's training of a detector, four iterations."""
+    command = [sys.executable, TOOLS / 'train.py', DETECTOR, '--work-dir', 'detector']
+    return run([*command, '--auto-scale-lr'], room, environment)
+
+
+@pytest.fixture(scope='module')
+def segmentor(room, environment):
+    command = [sys.executable, TOOLS / 'train.py', SEGMENTOR, '--work-dir', 'segmentor', '--amp']
+    return run(command, room, environment)
+
+
+def test_train_detector(room, detector):
+    steps, validations = scalars(room / 'detector')
+
+    assert [step['step'] for step in steps] == [1, 2, 3, 4]
+    assert all(np.isfinite(step['loss']) and step['loss'] > 0 for step in steps)
+    # Two images an iteration where the recipe has 16; the warm-up starts at a thousandth.
+    assert steps[0]['lr'] == pytest.approx(1e-4 * 2 / 16 * 0.001)
+    boxes = {f'coco/bbox_mAP{suffix}' for suffix in ('', '_50', '_75', '_s', '_m', '_l')}
+    assert boxes | {key.replace('bbox', 'segm') for key in boxes} <= validations[-1].keys()
+    assert (room / 'detector' / 'epoch_1.pth').is_file()
+
+
+def test_resume_continues(room, environment, detector):
+    shutil.copytree(room / 'detector', room / 'resumed')
+    (room / 'resumed' / 'last_checkpoint').write_text(str(room / 'resumed' / 'epoch_1.pth'))
+    command = [sys.executable, TOOLS / 'train.py', DETECTOR, '--work-dir', 'resumed', '--resume']
+    run([*command, '--cfg-options', 'train_cfg.max_epochs=2'], room, environment)
+
+    first = torch.load(room / 'resumed' / 'epoch_1.pth', weights_only=False)
+    second = torch.load(room / 'resumed' / 'epoch_2.pth', weights_only=False)
+    assert (first['meta']['epoch'], first['meta']['iter']) == (1, 4)
+    assert (second['meta']['epoch'], second['meta']['iter']) == (2, 8)
+    assert {float(state['step']) for state in second['optimizer']['state'].values()} == {8}
+    steps, _ = scalars(room / 'resumed')
+    assert [step['step'] for step in steps] == [5, 6, 7, 8]
+    # The warm-up goes on where it was, from the learning rate that was scaled once.
+    rates = 1e-4 * np.linspace(0.001, 1, 1000)[4:8]
+    assert [step['lr'] for step in steps] == pytest.approx(list(rates * 2 / 16))
+
+
+def test_test_detector(room, environment, detector):
+    command = [sys.executable, TOOLS / 'test.py', DETECTOR, 'detector/epoch_1.pth']
+    options = ['--work-dir', 'tested', '--out', 'results/detections.pkl', '--show-dir', 'pictures']
+    output = run([*command, *options], room, environment)
+
+    metrics = json.loads(next((room / 'tested').glob('*/*.json')).read_text())
+    validated = scalars(room / 'detector')[1][-1]
+    for key, value in metrics.items():
+        if key.startswith('coco/'):
+            assert validated[key] == pytest.approx(value)
+    results = mmengine.load(room / 'results' / 'detections.pkl')
+    assert len(results) == NUM_VAL
+    assert {'bboxes', 'scores', 'labels', 'masks'} <= results[0]['pred_instances'].keys()
+    pictures = sorted(path.name for path in (room / 'pictures').iterdir())
+    assert pictures == [f'{i:06d}.jpg' for i in range(1, NUM_VAL + 1)]
+    assert 'wrote results/detections.pkl' in output
+    assert 'wrote pictures' in output
+
+
+def test_train_segmentor_with_amp(room, segmentor):
+    steps, validations = scalars(room / 'segmentor')
+
+    assert [step['step'] for step in steps] == [1, 2, 3, 4]
+    assert all(np.isfinite(step['loss']) and step['loss'] > 0 for step in steps)
+    assert 0 <= validations[-1]['mIoU'] <= 100
+    assert 'bfloat16 on CPU' in segmentor
+    config = Config.fromfile(room / 'segmentor' / SEGMENTOR.name)
+    assert config.optim_wrapper.type == 'CPUAmpOptimWrapper'
+    state = torch.load(room / 'segmentor' / 'iter_4.pth', weights_only=False)['state_dict']
+    assert {value.dtype for value in state.values()} == {torch.float32, torch.int64}
+
+
+def test_test_segmentor_with_tta(room, environment, segmentor):
+    command = [sys.executable, TOOLS / 'test.py', SEGMENTOR, 'segmentor/iter_4.pth', '--tta']
+    options = ['--work-dir', 'tested_seg', '--out', 'label_maps', '--show-dir', 'seg_pictures']
+    run([*command, *options], room, environment)
+
+    metrics = json.loads(next((room / 'tested_seg').glob('*/*.json')).read_text())
+    assert 0 <= metrics['mIoU'] <= 100
+    maps = sorted((room / 'label_maps').iterdir())
+    assert [path.name for path in maps] == [f'{i:06d}.png' for i in range(1, NUM_VAL + 1)]
+    # Labels as in the data set's files: 1 to 5, none of them reduced.
+    labels = np.stack([cv2.imread(str(path), cv2.IMREAD_UNCHANGED) for path in maps])
+    assert labels.shape == (NUM_VAL, 64, 64)
+    assert labels.min() >= 1
+    assert labels.max() <= 5
+    assert len(list((room / 'seg_pictures').rglob('*.png'))) == NUM_VAL
+
+
+def test_tta_of_boxes(room, environment):
+    from mmengine.registry import MODELS, init_default_scope
+
+    cfg = Config.fromfile(BOX_DETECTOR)
+    init_default_scope(cfg.default_scope)
+    torch.save(dict(state_dict=MODELS.build(cfg.model).state_dict()), room / 'retinanet.pth')
+    command = [sys.executable, TOOLS / 'test.py', BOX_DETECTOR, 'retinanet.pth', '--tta']
+    run([*command, '--out', 'boxes.pkl'], room, environment)
+
+    results = mmengine.load(room / 'boxes.pkl')
+    assert len(results) == NUM_VAL
+    for result in results:
+        boxes = result['pred_instances']['bboxes']
+        assert 0 < len(boxes) <= 100
+        assert boxes.min() >= 0
+        assert boxes.max() <= 64
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        return str(probe.getsockname()[1])
+
+
+def test_two_processes(room, environment):
+    environment = {**environment, 'PORT': free_port(), 'PYTHONPATH': ''}
+    script = TOOLS / 'dist_train.sh'
+    # The path has a space in it, for the quoting.
+    options = ['--work-dir', 'two processes', '--cfg-options', 'train_cfg.max_iters=2']
+    options.append('train_cfg.val_interval=2')
+    run([script, SEGMENTOR, 2, *options], room, environment)
+
+    steps, validations = scalars(room / 'two processes')
+    assert [step['step'] for step in steps] == [1, 2]
+    assert 'mIoU' in validations[-1]
+
+    environment.update(PORT=free_port(), PYTHONPATH=str(ROOT))
+    test = [SEGMENTOR, 'two processes/iter_2.pth']
+    output = run([TOOLS / 'dist_test.sh', *test, 2, '--work-dir', 'by two'], room, environment)
+    # Each process takes half of the images; the result is that of all of them.
+    assert f'[{NUM_VAL // 2}/{NUM_VAL // 2}]' in output
+    run([sys.executable, TOOLS / 'test.py', *test, '--work-dir', 'by one'], room, environment)
+    together, alone = (
+        json.loads(next((room / work_dir).glob('*/*.json')).read_text())
+        for work_dir in ('by two', 'by one')
+    )
+    for key in ('aAcc', 'mIoU', 'mAcc'):
+        assert together[key] == pytest.approx(alone[key])
+
+
+@pytest.mark.parametrize(
+    ('toolbox', 'config'), [('mmdet', DETECTOR), ('mmseg', SEGMENTOR)], ids=['mmdet', 'mmseg']
+)
+def test_packaged_train(toolbox, config, room, environment):
+    package = Path(importlib.util.find_spec(toolbox).origin).parent
+    command = [sys.executable, package / '.mim' / 'tools' / 'train.py', config]
+    run([*command, '--work-dir', f'packaged_{toolbox}'], room, environment)
+
+    steps, validations = scalars(room / f'packaged_{toolbox}')
+    assert [step['step'] for step in steps] == [1, 2, 3, 4]
+    assert {'coco/bbox_mAP', 'mIoU'} & validations[-1].keys()
+
+
+@pytest.fixture
+def fake_srun(tmp_path, environment):
+    """A PATH whose srun writes its arguments to a file."""
+    srun = tmp_path / 'srun'
+    srun.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > "{tmp_path}/arguments"\n')
+    srun.chmod(0o755)
+    path = os.pathsep.join([str(tmp_path), environment['PATH']])
+    return tmp_path, {**environment, 'PATH': path}
+
+
+def test_slurm_train(fake_srun):
+    folder, environment = fake_srun
+    environment.update(GPUS='4', SRUN_ARGS='--qos=high --time=1:00')
+    options = ['--resume', '--cfg-options', 'a.b=[1, 2]']
+    run(
+        [TOOLS / 'slurm_train.sh', 'gpu', 'a job', 'c.py', 'work dir', *options],
+        folder,
+        environment,
+    )
+
+    assert (folder / 'arguments').read_text().splitlines() == [
+        '--partition=gpu',
+        '--job-name=a job',
+        '--gres=gpu:4',
+        '--ntasks=4',
+        '--ntasks-per-node=4',
+        '--cpus-per-task=5',
+        '--kill-on-bad-exit=1',
+        '--qos=high',
+        '--time=1:00',
+        'python',
+        '-u',
+        str(TOOLS / 'train.py'),
+        'c.py',
+        '--work-dir',
+        'work dir',
+        '--launcher',
+        'slurm',
+        *options,
+    ]
+
+
+def test_slurm_test(fake_srun):
+    folder, environment = fake_srun
+    environment.update(GPUS='16')
+    run([TOOLS / 'slurm_test.sh', 'gpu', 'job', 'c.py', 'c.pth', '--tta'], folder, environment)
+
+    arguments = (folder / 'arguments').read_text().splitlines()
+    assert '--ntasks=16' in arguments
+    assert '--gres=gpu:8' in arguments
+    tail = ['c.py', 'c.pth', '--launcher', 'slurm', '--tta']
+    assert arguments[-8:] == ['python', '-u', str(TOOLS / 'test.py'), *tail]
+
+
+@pytest.mark.parametrize(
+    'script', ['dist_train.sh', 'dist_test.sh', 'slurm_train.sh', 'slurm_test.sh']
+)
+def test_launchers_say_how_they_are_used(script, tmp_path, environment):
+    output = run([TOOLS / script, 'only one'], tmp_path, environment, expect=2)
+
+    assert output.startswith('usage:')
+    assert 'example:' in output
+
+
+@pytest.mark.parametrize('tool', ['train.py', 'test.py'])
+def test_help_has_an_example(tool, room, environment):
+    output = run([sys.executable, TOOLS / tool, '--help'], room, environment)
+
+    assert f'example: python tools/{tool} configs/' in ' '.join(output.split())
+
+
+def test_user_error_is_one_sentence(room, environment):
+    command = [sys.executable, TOOLS / 'train.py', 'no/such.py']
+    output = run(command, room, environment, expect=1)
+
+    assert output == 'error: config no/such.py does not exist\n'
+
+
+@pytest.fixture
+def fails(room, environment, monkeypatch):
+    """Call a tool in this process and return the sentence that it ends with."""
+    monkeypatch.chdir(room)
+    monkeypatch.setenv('SHAPES_ROOT', environment['SHAPES_ROOT'])
+
+    def call(tool, *arguments):
+        command = [str(TOOLS / tool), *(str(argument) for argument in arguments)]
+        monkeypatch.setattr(sys, 'argv', command)
+        with pytest.raises(SystemExit) as exit_info:
+            runpy.run_path(command[0], run_name='__main__')
+        assert isinstance(exit_info.value.code, str)
+        assert '\n' not in exit_info.value.code
+        return exit_info.value.code
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ('options', 'sentence'),
+    [
+        (['modle.type=RetinaNet'], "nothing reads the key 'modle'"),
+        (['data_root=elsewhere'], "nothing reads the key 'data_root'"),
+        (['model.type=NoSuchModel'], 'NoSuchModel is not in the'),
+        (['model.backbone.archh=small'], "unexpected keyword argument 'archh'"),
+        (['model.backbone.arch=huge'], 'arch must be a dict or one of'),
+        (['train_cfg.max_iters=3'], "unexpected keyword argument 'max_iters'"),
+        (
+            ['train_dataloader.dataset.data_root=no/such'],
+            'train_dataloader: no/such does not exist',
+        ),
+        (
+            ['val_dataloader.dataset.data_prefix.img=no_images'],
+            'val_dataloader: {shapes}/no_images does not exist',
+        ),
+        (
+            ['train_dataloader.dataset.ann_file=annotations/none.json'],
+            'train_dataloader: {shapes}/annotations/none.json does not exist',
+        ),
+        (['val_evaluator.ann_file=no/such.json'], "No such file or directory: 'no/such.json'"),
+    ],
+    ids=lambda value: value[0].split('=')[0] if isinstance(value, list) else '',
+)
+def test_wrong_options(fails, room, options, sentence):
+    said = fails('train.py', DETECTOR, '--work-dir', 'failed', '--cfg-options', *options)
+
+    assert sentence.format(shapes=room / 'shapes') in said
+
+
+def test_broken_config(fails, room):
+    (room / 'broken.py').write_text('model = dict(\n')
+    assert 'config broken.py cannot be read' in fails('train.py', 'broken.py')
+    (room / 'orphan.py').write_text("_base_ = 'nowhere.py'\n")
+    assert 'nowhere.py' in fails('train.py', 'orphan.py')
+
+
+def test_train_flags_that_do_not_fit(fails):
+    assert '--resume: checkpoint no.pth does not exist' in fails(
+        'train.py', DETECTOR, '--resume', 'no.pth'
+    )
+    assert '--auto-scale-lr needs auto_scale_lr.base_batch_size' in fails(
+        'train.py', DETECTOR, '--auto-scale-lr', '--cfg-options', 'auto_scale_lr=None'
+    )
+    assert '--amp needs optim_wrapper.type=OptimWrapper, got Other' in fails(
+        'train.py', DETECTOR, '--amp', '--cfg-options', 'optim_wrapper.type=Other'
+    )
+
+
+def test_test_flags_that_do_not_fit(fails, room):
+    (room / 'any.pth').touch()
+    assert 'checkpoint no.pth does not exist' in fails('test.py', DETECTOR, 'no.pth')
+    assert '--out must end in .pkl for mmdet, got folder' in fails(
+        'test.py', DETECTOR, 'any.pth', '--out', 'folder'
+    )
+    assert '--out must be a folder for mmseg, got file.pkl' in fails(
+        'test.py', SEGMENTOR, 'any.pth', '--out', 'file.pkl'
+    )
+    assert '--tta needs tta_model' in fails('test.py', DETECTOR, 'any.pth', '--tta')
+
+
+def test_a_missing_image_is_named(fails, room):
+    shutil.copytree(room / 'shapes', room / 'holed')
+    (room / 'holed' / 'images' / 'training' / '000003.jpg').unlink()
+    options = ['train_dataloader.dataset.data_root=holed', 'train_dataloader.num_workers=1']
+    said = fails('train.py', DETECTOR, '--work-dir', 'failed', '--cfg-options', *options)
+
+    assert 'holed/images/training/000003.jpg' in said
+
+
+def test_checkpoint_of_another_model(fails, room, detector, segmentor):
+    said = fails('test.py', DETECTOR, 'segmentor/iter_4.pth', '--work-dir', 'failed')
+    assert 'segmentor/iter_4.pth does not fit the model' in said
+    assert 'unexpected key' in said
+    assert 'missing key' in said
+    said = fails('train.py', DETECTOR, '--resume', 'segmentor/iter_4.pth', '--work-dir', 'failed')
+    assert 'segmentor/iter_4.pth does not fit the model' in said
+
+    checkpoint = torch.load(room / 'detector' / 'epoch_1.pth', weights_only=False)
+    weights = checkpoint['state_dict']
+    weights['roi_head.bbox_head.fc_cls.bias'] = torch.zeros(9)
+    torch.save(dict(state_dict=weights), room / 'other_classes.pth')
+    said = fails('test.py', DETECTOR, 'other_classes.pth', '--work-dir', 'failed')
+    assert 'size mismatch for roi_head.bbox_head.fc_cls.bias' in said
+
+
+class Payload:
+    """Writes a file where it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (Path(self.path),)
+
+
+def test_checkpoints_that_are_refused(fails, room, detector):
+    whole = (room / 'detector' / 'epoch_1.pth').read_bytes()
+    (room / 'truncated.pth').write_bytes(whole[: len(whole) // 2])
+    (room / 'empty.pth').touch()
+    torch.save(torch.zeros(2), room / 'tensor.pth')
+    torch.save(dict(state_dict={}, extra=Payload(room / 'touched')), room / 'code.pth')
+    with open(room / 'pickle.pth', 'wb') as file:
+        pickle.dump(Payload(room / 'touched'), file)
+    # getattr is a way to any code, and mmengine's own checkpoints need it.
+    attribute = dict(state_dict={}, extra=GetAttribute())
+    torch.save(attribute, room / 'getattr.pth')
+
+    reasons = dict(
+        truncated='is damaged or no checkpoint',
+        empty='is damaged or no checkpoint',
+        tensor='holds a Tensor',
+        code='holds pickled Python code',
+        pickle='',
+        getattr='holds pickled Python code',
+    )
+    for name, reason in reasons.items():
+        said = fails('test.py', DETECTOR, f'{name}.pth', '--work-dir', 'failed')
+        assert said.startswith(f'error: checkpoint {name}.pth {reason}')
+    assert not (room / 'touched').exists()
+
+
+class GetAttribute:
+    """Unpickles as getattr(HistoryBuffer, '__init__')."""
+
+    def __reduce__(self):
+        from mmengine.logging import HistoryBuffer
+
+        return getattr, (HistoryBuffer, '__init__')
