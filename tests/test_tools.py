@@ -7,6 +7,7 @@ import os
 import pickle
 import runpy
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -51,17 +52,23 @@ def environment(room):
 
 
 def run(command, room, environment, expect=0):
-    done = subprocess.run(
+    process = subprocess.Popen(
         [str(part) for part in command],
         cwd=room,
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=300,
+        start_new_session=True,
     )
-    assert done.returncode == expect, done.stdout[-4000:]
-    return done.stdout
+    try:
+        output = process.communicate(timeout=600)[0]
+    except BaseException:
+        # With what the tool has started itself, such as the workers of torchrun.
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    assert process.returncode == expect, output[-4000:]
+    return output
 
 
 def scalars(work_dir):

@@ -17,8 +17,8 @@ model = dict(
     ),
 )
 
-max_iters = 2400
-train_cfg = dict(max_iters=max_iters, val_interval=600)
+max_iters = 2000
+train_cfg = dict(max_iters=max_iters, val_interval=500)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),
     dict(type='CosineAnnealingLR', eta_min=1e-6, by_epoch=False, begin=50, end=max_iters),
