@@ -1,16 +1,441 @@
 # Copyright (c) mmscalablevit contributors. All rights reserved.
-"""What a released checkpoint holds, and its keys in our names."""
+"""What a released checkpoint holds, and its keys in our names.
+
+Three layouts are recognized from their names:
+
+- the released classification code: ``stages.i.j``, ``attn.lim_func``, the classifier's ``norm`` and
+  ``head``;
+- the authors' earlier detection code: ``blocks.i.j``, ``attn.lepe_func`` and ``norm_list``;
+- a model of an OpenMMLab toolbox, whose backbone is under ``backbone.``, in either naming.
+
+The weights may be bare or wrapped in ``state_dict``, ``model`` or ``model_ema``.
+"""
+
+from __future__ import annotations
+
+import os.path as osp
+import re
+from collections.abc import Iterable
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 import torch
-from torch import nn
+from mmengine.dist import barrier, is_main_process
+from mmengine.fileio import get_local_path
+from mmengine.logging import print_log
+from mmengine.utils import mkdir_or_exist
+from torch import Tensor, nn
+
+from ..engine.checkpoint import CheckpointError, read_checkpoint
+
+# In this order: a training state may hold several.
+_WRAPPERS = ('state_dict', 'model', 'model_ema')
+_NUM_STAGES = 4
+_PER_STAGE = ('patch_embeds', 'pos_block', 'stages', 'norm_list')
+_SHOWN_KEYS = 4
 
 
 def load_backbone_checkpoint(
     model: nn.Module, checkpoint: str, prefix: str | None = None, map_location: str = 'cpu'
 ) -> None:
-    """Load a checkpoint file into a backbone, strictly."""
-    state = torch.load(checkpoint, map_location=map_location, weights_only=True)
-    state = state.get('state_dict', state.get('model', state))
-    if prefix:
-        state = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
+    """Load a checkpoint of any known layout into a backbone, strictly.
+
+    Every tensor of the file must find its parameter and every parameter its tensor, but for these
+    differences, which are logged in one line:
+
+    - left out: what lies outside the backbone in the model of a toolbox, the classifier's ``head``,
+      its ``norm`` unless the backbone has ``final_norm``, stages after the last output, and norms
+      of stages that are not put out;
+    - ``norm_list`` of a file that has none, as the classifier's: it starts from identity.
+
+    Args:
+        model (nn.Module): A ``ScalableViT``. Weights of other precision are cast to its.
+        checkpoint (str): A local path, a URL (``http://``, ``https://``, ``file://``), or an
+            address that mmengine's file backends know. A ``.safetensors`` file needs that package.
+        prefix (str, optional): Beginning of the backbone's names in the file. Defaults to None:
+            ``backbone.`` if there are such names, otherwise none.
+        map_location (str): Device to read the file to. Defaults to 'cpu'.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        CheckpointError: If the file cannot be read, or does not fit. The message names the
+            ``arch`` that fits, or lists the keys.
+
+    Example:
+        >>> import torch
+        >>> from mmscalablevit import ScalableViT
+        >>> classifier = ScalableViT('small', stage_norm=None, final_norm=True)
+        >>> torch.save(dict(model=classifier.state_dict()), '/tmp/scalablevit-s.pth')
+        >>> load_backbone_checkpoint(ScalableViT('small'), '/tmp/scalablevit-s.pth')
+    """
+    weights = read_weights(checkpoint, map_location)
+    backbone, outside = split_backbone(weights, checkpoint, prefix)
+    parameters = model.state_dict()
+    unplaced = [name for name in backbone if name not in parameters]
+    surplus = [name for name in unplaced if _is_known_surplus(model, name)]
+    state = {name: tensor for name, tensor in backbone.items() if name not in surplus}
+
+    notes = []
+    if outside or surplus:
+        notes.append(f'left out: {", ".join(module_names([*outside, *surplus]))}')
+    norms = {k: v for k, v in parameters.items() if k.startswith('norm_list.')}
+    if norms and not any(name.startswith('norm_list.') for name in backbone):
+        state.update({k: torch.full_like(v, k.endswith('.weight')) for k, v in norms.items()})
+        notes.append('norm_list starts from identity')
+
+    check_fit(model, state, checkpoint)
+    state = {k: cast(k, v, parameters[k].dtype, checkpoint) for k, v in state.items()}
     model.load_state_dict(state, strict=True)
+    loaded = f'Loaded {checkpoint} into {type(model).__name__}'
+    print_log('; '.join([loaded, *notes]), logger='current')
+
+
+def read_weights(checkpoint: str, map_location: str = 'cpu') -> dict[str, Tensor]:
+    """Read the weights of a checkpoint under their own names, without what wraps them.
+
+    Args:
+        checkpoint (str): See :func:`load_backbone_checkpoint`.
+        map_location (str): Device to read to. Defaults to 'cpu'.
+
+    Returns:
+        dict[str, Tensor]: The tensors in the file's order. ``module.``, which distributed training
+        puts before all names, is cut off.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        CheckpointError: If it cannot be read or holds something other than weights.
+
+    Example:
+        >>> import torch
+        >>> torch.save(dict(model=dict(weight=torch.ones(1))), '/tmp/weights.pth')
+        >>> read_weights('/tmp/weights.pth')
+        {'weight': tensor([1.])}
+    """
+    content = _read(str(checkpoint), map_location)
+    for wrapper in _WRAPPERS:
+        if isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+            break
+    others = [name for name, value in content.items() if not isinstance(value, Tensor)]
+    if others or not content:
+        found = f'entries that are no tensors ({_shorten(others)})' if others else 'no weights'
+        raise CheckpointError(f'checkpoint {checkpoint} holds {found}')
+    if all(name.startswith('module.') for name in content):
+        return {name[len('module.') :]: tensor for name, tensor in content.items()}
+    return dict(content)
+
+
+def split_backbone(
+    weights: dict[str, Tensor], checkpoint: str, prefix: str | None = None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Split weights into those of the backbone, in the released names, and all others.
+
+    Args:
+        weights (dict[str, Tensor]): Weights as in the file.
+        checkpoint (str): The file, for messages.
+        prefix (str, optional): Beginning of the backbone's names. Defaults to None: ``backbone.``
+            if there are such names, otherwise none.
+
+    Returns:
+        tuple[dict, dict]: Weights of the backbone (of a bare classifier also its ``norm`` and
+        ``head``), and the others under their own names.
+
+    Raises:
+        CheckpointError: If no name has the prefix, or two names mean the same.
+
+    Example:
+        >>> import torch
+        >>> zeros = torch.zeros(8)
+        >>> weights = {'backbone.blocks.0.0.norm1.bias': zeros, 'neck.bias': zeros}
+        >>> backbone, others = split_backbone(weights, 'detector.pth')
+        >>> list(backbone), list(others)
+        (['stages.0.0.norm1.bias'], ['neck.bias'])
+    """
+    if prefix is None:
+        prefix = 'backbone.' if any(name.startswith('backbone.') for name in weights) else ''
+    elif prefix and not prefix.endswith('.'):
+        prefix += '.'
+    inside = {name: tensor for name, tensor in weights.items() if name.startswith(prefix)}
+    if not inside:
+        raise CheckpointError(
+            f'checkpoint {checkpoint} holds nothing under the prefix {prefix!r}, only '
+            f'{", ".join(module_names(weights))}'
+        )
+    backbone = {released_name(name[len(prefix) :]): tensor for name, tensor in inside.items()}
+    if len(backbone) < len(inside):
+        raise CheckpointError(f'checkpoint {checkpoint} holds some weights under two names')
+    return backbone, {name: tensor for name, tensor in weights.items() if name not in inside}
+
+
+def released_name(name: str) -> str:
+    """Translate a name of the authors' detection code into that of the released code.
+
+    Args:
+        name (str): A parameter of the backbone, in either naming.
+
+    Returns:
+        str: Its name in the released classification code.
+
+    Example:
+        >>> released_name('blocks.2.4.attn.lepe_func.weight')
+        'stages.2.4.attn.lim_func.weight'
+    """
+    return re.sub(r'\.attn\.lepe_func\.', '.attn.lim_func.', re.sub(r'^blocks\.', 'stages.', name))
+
+
+def detection_name(name: str) -> str:
+    """Translate a released name into that of the authors' detection code.
+
+    Args:
+        name (str): A parameter of the backbone in the released naming.
+
+    Returns:
+        str: Its name in the authors' detection code.
+
+    Example:
+        >>> detection_name('stages.2.4.attn.lim_func.weight')
+        'blocks.2.4.attn.lepe_func.weight'
+    """
+    return re.sub(r'\.attn\.lim_func\.', '.attn.lepe_func.', re.sub(r'^stages\.', 'blocks.', name))
+
+
+def nearest_arch(model_type: type[nn.Module], weights: dict[str, Tensor]) -> tuple[str, bool]:
+    """Find the named arch whose parameters are most like those of a checkpoint.
+
+    Args:
+        model_type (type[nn.Module]): ``ScalableViT``.
+        weights (dict[str, Tensor]): The backbone's weights in the released names.
+
+    Returns:
+        tuple[str, bool]: A name of ``arch_zoo``, and whether all names and shapes agree, but for
+        norms after the stages and what belongs to a classifier.
+
+    Example:
+        >>> from mmscalablevit import ScalableViT
+        >>> nearest_arch(ScalableViT, ScalableViT('s-merged').state_dict())
+        ('small-merged', True)
+    """
+    trunk = {k: v.shape for k, v in weights.items() if k.split('.')[0] in _PER_STAGE[:3]}
+    num_stages = len({name.split('.')[1] for name in trunk})
+    stem = trunk.get('patch_embeds.0.proj.weight', ())
+    in_channels = stem[1] if len(stem) == 4 else 3
+    last_stage = min(max(num_stages, 1), _NUM_STAGES) - 1
+    shapes = {}
+    # Of the names of one arch, the last is the full one.
+    for name in {id(arch): name for name, arch in model_type.arch_zoo.items()}.values():
+        with torch.device('meta'):
+            model = model_type(name, in_channels, out_indices=(last_stage,), stage_norm=None)
+        shapes[name] = {k: v.shape for k, v in model.state_dict().items()}
+    nearest = max(shapes, key=lambda name: len(shapes[name].items() & trunk.items()))
+    return nearest, shapes[nearest] == trunk
+
+
+def recognize(model_type: type[nn.Module], weights: dict[str, Tensor], checkpoint: str) -> str:
+    """Check that weights are those of one whole backbone, and name its arch.
+
+    Args:
+        model_type (type[nn.Module]): ``ScalableViT``.
+        weights (dict[str, Tensor]): Weights in the released names, with or without ``norm`` and
+            ``norm_list``.
+        checkpoint (str): The file, for messages.
+
+    Returns:
+        str: The name of the arch.
+
+    Raises:
+        CheckpointError: If weights are missing, left over, of another shape, or no numbers.
+
+    Example:
+        >>> from mmscalablevit import ScalableViT
+        >>> recognize(ScalableViT, ScalableViT('base').state_dict(), 'base.pth')
+        'base'
+    """
+    arch, _ = nearest_arch(model_type, weights)
+    parts = {name.split('.')[0] for name in weights}
+    stages = {int(i) for i in re.findall(r'\bpatch_embeds\.([0-3])\.', ' '.join(weights))}
+    stem = weights.get('patch_embeds.0.proj.weight')
+    with torch.device('meta'):
+        model = model_type(
+            arch,
+            in_channels=3 if stem is None else stem.shape[1],
+            out_indices=(max(stages, default=3),),
+            stage_norm='chained' if 'norm_list' in parts else None,
+            final_norm='norm' in parts and max(stages, default=3) == 3,
+        )
+    check_fit(model, weights, checkpoint)
+    for name, tensor in weights.items():
+        cast(name, tensor, tensor.dtype, checkpoint)
+    return arch
+
+
+def check_fit(model: nn.Module, state: dict[str, Tensor], checkpoint: str) -> None:
+    """Check that weights have exactly the names and shapes of a model's parameters.
+
+    Args:
+        model (nn.Module): A ``ScalableViT``.
+        state (dict[str, Tensor]): Weights in the released names.
+        checkpoint (str): The file, for the message.
+
+    Raises:
+        CheckpointError: If they do not; the message names the ``arch`` that fits, or lists the
+            names.
+
+    Example:
+        >>> from mmscalablevit import ScalableViT
+        >>> model = ScalableViT('small')
+        >>> check_fit(model, model.state_dict(), 'small.pth')
+    """
+    parameters = model.state_dict()
+    missing = [name for name in parameters if name not in state]
+    unexpected = [name for name in state if name not in parameters]
+    reshaped = [
+        f'{name} of {tuple(tensor.shape)} in place of {tuple(parameters[name].shape)}'
+        for name, tensor in state.items()
+        if name in parameters and tensor.shape != parameters[name].shape
+    ]
+    if not (missing or unexpected or reshaped):
+        return
+    lists = {'missing': missing, 'unexpected': unexpected, 'of another shape': reshaped}
+    found = [f'{len(names)} {what} ({_shorten(names)})' for what, names in lists.items() if names]
+    raise CheckpointError(
+        f'checkpoint {checkpoint} does not fit this {type(model).__name__}: '
+        f'{"; ".join([*_hints(model, state, unexpected), *found])}'
+    )
+
+
+def cast(name: str, tensor: Tensor, dtype: torch.dtype, checkpoint: str) -> Tensor:
+    """Cast a weight to a precision and check that it holds numbers.
+
+    Args:
+        name (str): Its name, for the message.
+        tensor (Tensor): The weight.
+        dtype (torch.dtype): The precision.
+        checkpoint (str): The file, for the message.
+
+    Returns:
+        Tensor: The weight in that precision.
+
+    Raises:
+        CheckpointError: If it is not of floating point, or holds NaN or infinite values.
+
+    Example:
+        >>> import torch
+        >>> cast('bias', torch.ones(1).half(), torch.float32, 'small.pth')
+        tensor([1.])
+    """
+    if not tensor.is_floating_point():
+        raise CheckpointError(
+            f'checkpoint {checkpoint} holds {name} as {tensor.dtype}, not as floating-point numbers'
+        )
+    tensor = tensor.to(dtype)
+    if not tensor.isfinite().all():
+        raise CheckpointError(f'checkpoint {checkpoint} holds NaN or infinite values in {name}')
+    return tensor
+
+
+def module_names(names: Iterable[str]) -> list[str]:
+    """Cut parameter names to the modules that a reader wants to know of.
+
+    Args:
+        names (Iterable[str]): Names of parameters.
+
+    Returns:
+        list[str]: Names such as ``stages.3`` or ``head``, each once, in their order.
+
+    Example:
+        >>> module_names(['stages.3.0.norm1.bias', 'stages.3.1.norm1.bias', 'head.0.bias'])
+        ['stages.3', 'head']
+    """
+    parts = [name.split('.') for name in names]
+    return list(dict.fromkeys('.'.join(p[: 2 if p[0] in _PER_STAGE else 1]) for p in parts))
+
+
+def _read(checkpoint: str, map_location: str) -> dict:
+    scheme = urlparse(checkpoint).scheme if '://' in checkpoint else ''
+    if scheme == 'file':
+        checkpoint = url2pathname(urlparse(checkpoint).path)
+    elif scheme in ('http', 'https'):
+        checkpoint = _download(checkpoint)
+    elif scheme:
+        return _read_remote(checkpoint, map_location)
+    return _read_local(checkpoint, map_location)
+
+
+def _read_local(checkpoint: str, map_location: str) -> dict:
+    checkpoint = osp.expanduser(checkpoint)
+    if not checkpoint.endswith('.safetensors') or not osp.isfile(checkpoint):
+        return read_checkpoint(checkpoint, map_location)
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise CheckpointError(
+            f'checkpoint {checkpoint} needs the package safetensors: pip install safetensors'
+        ) from error
+    try:
+        return load_file(checkpoint, device=str(map_location or 'cpu'))
+    except SafetensorError as error:
+        raise CheckpointError(f'checkpoint {checkpoint} is damaged ({error})') from error
+
+
+def _download(url: str) -> str:
+    name = osp.basename(urlparse(url).path)
+    path = osp.join(torch.hub.get_dir(), 'checkpoints', name)
+    # Published files carry eight or more digits of their hash; fewer may be a word's end.
+    digits = re.search(r'-([0-9a-f]{8,})\.', name)
+    if is_main_process():
+        _fetch(url, path, digits and digits[1])
+    barrier()
+    # Processes of other machines do not share the main process's disk.
+    _fetch(url, path, digits and digits[1])
+    return path
+
+
+def _fetch(url: str, path: str, hash_prefix: str | None) -> None:
+    if osp.exists(path):
+        return
+    mkdir_or_exist(osp.dirname(path))
+    print_log(f'Downloading {url} to {path}', logger='current')
+    try:
+        torch.hub.download_url_to_file(url, path, hash_prefix, progress=False)
+    # A wrong hash is a RuntimeError, a network failure an OSError.
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f'checkpoint {url} cannot be downloaded ({error})') from error
+
+
+def _read_remote(checkpoint: str, map_location: str) -> dict:
+    try:
+        with get_local_path(checkpoint) as path:
+            return _read_local(str(path), map_location)
+    except (KeyError, ImportError) as error:
+        raise CheckpointError(
+            f'checkpoint {checkpoint}: no file backend of mmengine reads such an address ({error})'
+        ) from error
+
+
+def _is_known_surplus(model: nn.Module, name: str) -> bool:
+    part, _, rest = name.partition('.')
+    if part in ('head', 'norm'):
+        return True
+    index = rest.split('.')[0]
+    if part not in _PER_STAGE or not index.isdigit():
+        return False
+    if part == 'norm_list' and int(index) < len(getattr(model, 'norm_list', ())):
+        return isinstance(model.norm_list[int(index)], nn.Identity)
+    return len(model.stages) <= int(index) < _NUM_STAGES
+
+
+def _hints(model: nn.Module, state: dict[str, Tensor], unexpected: list[str]) -> list[str]:
+    arch, exact = nearest_arch(type(model), state)
+    if exact and model.arch_zoo[arch] != model.arch_settings:
+        return [f'it holds arch={arch!r}, use that arch']
+    if exact and state['patch_embeds.0.proj.weight'].shape[1] != model.in_channels:
+        return [f'use in_channels={state["patch_embeds.0.proj.weight"].shape[1]}']
+    if unexpected and all(name.startswith('norm_list.') for name in unexpected):
+        return ["it was trained with norms after the stages, use stage_norm='chained' or 'output'"]
+    return []
+
+
+def _shorten(names: list) -> str:
+    shown = ', '.join(map(str, names[:_SHOWN_KEYS]))
+    return f'{shown}, ... {len(names) - _SHOWN_KEYS} more' if len(names) > _SHOWN_KEYS else shown

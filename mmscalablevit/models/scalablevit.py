@@ -11,8 +11,8 @@ from numbers import Real
 import torch
 from mmcv.cnn.bricks import DropPath
 from mmengine.logging import print_log
-from mmengine.model import BaseModule, trunc_normal_init
-from mmengine.registry import MODELS
+from mmengine.model import BaseModule, PretrainedInit, trunc_normal_init
+from mmengine.registry import MODELS, WEIGHT_INITIALIZERS
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -359,16 +359,17 @@ class ScalableViT(BaseModule):
 
         Raises:
             FileNotFoundError: If the checkpoint of ``init_cfg`` does not exist.
-            ValueError: If it does not fit; the message lists the keys or names the right ``arch``.
+            CheckpointError: If it cannot be read or does not fit; the message names the right
+                ``arch`` or lists the keys.
         """
         if self.is_init:
             print_log('init_weights of ScalableViT has been called before', logger='current')
             return
         cfgs = [self.init_cfg] if isinstance(self.init_cfg, dict) else list(self.init_cfg or [])
-        pretrained = [cfg for cfg in cfgs if cfg['type'] == 'Pretrained']
+        pretrained = [cfg for cfg in cfgs if _is_pretrained(cfg)]
         self._init_from_scratch()
         if len(pretrained) < len(cfgs):
-            self.init_cfg = [cfg for cfg in cfgs if cfg['type'] != 'Pretrained']
+            self.init_cfg = [cfg for cfg in cfgs if not _is_pretrained(cfg)]
             super().init_weights()
             self.init_cfg = cfgs
         for cfg in pretrained:
@@ -386,6 +387,11 @@ class ScalableViT(BaseModule):
                 fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
                 nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
                 nn.init.zeros_(module.bias)
+
+
+def _is_pretrained(init_cfg: dict) -> bool:
+    kind = init_cfg['type']
+    return (WEIGHT_INITIALIZERS.get(kind) if isinstance(kind, str) else kind) is PretrainedInit
 
 
 def _arch_settings(arch: str | dict, zoo: dict[str, dict]) -> dict:

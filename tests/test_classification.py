@@ -1,0 +1,265 @@
+# Copyright (c) mmscalablevit contributors. All rights reserved.
+"""Classification with mmpretrain: golden logits, head, recipe, training on a folder of images."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+# First of all: it makes a torchvision without its compiled half importable.
+import mmscalablevit  # noqa: F401  # isort: skip
+import cv2
+import numpy as np
+import pytest
+import torch
+from golden import REFERENCE, read_json, reference_input, reference_state, relative_error
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from safetensors.torch import load_file
+
+mmpretrain = pytest.importorskip('mmpretrain')
+from mmpretrain.registry import MODELS  # noqa: E402
+from mmpretrain.structures import DataSample  # noqa: E402
+
+from mmscalablevit.models.cls_head import ScalableViTClsHead  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / 'configs' / 'classification'
+SIZES = {'small': (401, 32_000_472), 'base': (402, 81_881_624), 'large': (403, 109_288_840)}
+TINY = dict(
+    embed_dims=[16, 16, 32, 32],
+    num_heads=[2, 2, 4, 4],
+    depths=[2, 2, 2, 2],
+    c_ratios=[1.25, 1, 0.5, 1],
+    sr_ratios=[8, 4, 2, 1],
+    window_sizes=[7, 7, 7, 7],
+    mlp_ratios=[2, 2, 2, 2],
+    ssa_kv='separate',
+)
+TINY_CONFIG = """
+_base_ = ['{base}']
+data = dict(_delete_=True, type='CustomDataset', data_root='{data}')
+train_pipeline = _base_.train_pipeline
+test_pipeline = _base_.test_pipeline
+train_pipeline[1].scale = 64
+test_pipeline[1].scale = 72
+test_pipeline[2].crop_size = 64
+loader = dict(batch_size=8, num_workers=0, persistent_workers=False)
+train_dataloader = dict(
+    dataset=dict(data_prefix='train', pipeline=train_pipeline, **data), **loader)
+val_dataloader = dict(dataset=dict(data_prefix='val', pipeline=test_pipeline, **data), **loader)
+test_dataloader = val_dataloader
+val_evaluator = dict(topk=(1,))
+test_evaluator = val_evaluator
+train_cfg = dict(max_epochs=12, val_interval=12)
+param_scheduler = [dict(type='ConstantLR', factor=1.0)]
+randomness = dict(seed=0)
+default_hooks = dict(checkpoint=dict(interval=12), logger=dict(interval=6))
+model = dict(
+    data_preprocessor=dict(num_classes=3),
+    backbone=dict(
+        _delete_=True, type='ScalableViT', arch={arch},
+        out_indices=[3], stage_norm=None, final_norm=True),
+    head=dict(num_classes=3, in_channels=32, hidden_channels=64))
+"""
+
+
+@pytest.fixture(autouse=True)
+def scope():
+    init_default_scope('mmpretrain')
+
+
+def config_path(variant):
+    return CONFIGS / f'scalablevit-{variant[0]}_8xb128_in1k.py'
+
+
+def config_of(variant):
+    return Config.fromfile(config_path(variant))
+
+
+def tiny_classifier(**head):
+    cfg = config_of('small').model
+    cfg.backbone.arch = TINY
+    cfg.head.update(in_channels=32, num_classes=3, hidden_channels=64, **head)
+    cfg.data_preprocessor.num_classes = 3
+    return MODELS.build(cfg)
+
+
+@pytest.mark.parametrize('variant', SIZES)
+def test_golden_logits(variant):
+    """Each config's classifier, holding the authors' tensors, gives the authors' numbers."""
+    seed, num_parameters = SIZES[variant]
+    with torch.device('meta'):
+        model = MODELS.build(config_of(variant).model)
+    assert sum(p.numel() for p in model.parameters()) == num_parameters
+    official = reference_state(read_json(f'state_dict_keys_{variant}.json'))
+    state = {
+        name.replace('head.', 'head.fc.', 1) if name.startswith('head.') else f'backbone.{name}': t
+        for name, t in official.items()
+    }
+    model.load_state_dict(state, strict=True, assign=True)
+    golden = load_file(REFERENCE / f'logits_{variant}.safetensors')
+    with torch.no_grad():
+        features = model.eval().extract_feat(reference_input(seed, (2, 3, 224, 224)))
+        logits = model.head(features)
+    assert relative_error(features[-1], golden['pooled']) < 1e-5
+    assert relative_error(logits, golden['logits']) < 1e-5
+
+
+def test_head_initialization_is_the_released_one():
+    torch.manual_seed(0)
+    head = ScalableViTClsHead(num_classes=100, in_channels=64)
+    head.init_weights()
+    for layer in (head.fc[0], head.fc[3]):
+        assert layer.weight.std().item() == pytest.approx(0.02, rel=0.02)
+        assert layer.bias.eq(0).all()
+    assert head.fc[1].weight.eq(1).all()
+
+
+def test_features_before_the_classifier():
+    features = (torch.rand(2, 32),)
+    head = ScalableViTClsHead(num_classes=3, in_channels=32, hidden_channels=64)
+    assert head.pre_logits(features).shape == (2, 64)
+    assert torch.equal(head.fc[3](head.pre_logits(features)), head(features))
+
+
+def test_plain_head_is_a_linear_layer():
+    features = (torch.rand(2, 8), torch.rand(2, 32))
+    head = ScalableViTClsHead(num_classes=3, in_channels=32, hidden_channels=None)
+    assert {k: tuple(v.shape) for k, v in head.state_dict().items()} == {
+        'fc.weight': (3, 32),
+        'fc.bias': (3,),
+    }
+    assert torch.equal(head.pre_logits(features), features[-1])
+    assert torch.equal(head(features), features[-1] @ head.fc.weight.T + head.fc.bias)
+
+
+@pytest.mark.parametrize('name', ['num_classes', 'in_channels', 'hidden_channels'])
+@pytest.mark.parametrize('value', [0, -1, 2.0, '3'])
+def test_bad_numbers_are_named(name, value):
+    arguments = dict(dict(num_classes=3, in_channels=32), **{name: value})
+    with pytest.raises(ValueError, match=f'{name} must be a positive integer, got'):
+        ScalableViTClsHead(**arguments)
+
+
+def test_importing_the_package_does_not_import_mmpretrain():
+    code = 'import sys, mmscalablevit; sys.exit("mmpretrain" in sys.modules)'
+    assert subprocess.run([sys.executable, '-c', code], cwd=ROOT).returncode == 0
+
+
+def test_missing_mmpretrain_says_what_to_install():
+    code = (
+        'import sys; sys.modules["mmpretrain"] = None\n'
+        'from mmengine.config import Config\n'
+        'Config.fromfile("configs/classification/scalablevit-s_8xb128_in1k.py")'
+    )
+    run = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+    last = run.stderr.strip().splitlines()[-1]
+    assert re.search('needs mmpretrain.*install onedl-mmpretrain', last), run.stderr
+
+
+def test_every_parameter_learns_from_mixed_labels():
+    model = tiny_classifier()
+    model.init_weights()
+    data = model.data_preprocessor(
+        dict(
+            inputs=[torch.randint(256, (3, 64, 64), dtype=torch.uint8) for _ in range(4)],
+            data_samples=[DataSample().set_gt_label(i % 3) for i in range(4)],
+        ),
+        training=True,
+    )
+    model(**data, mode='loss')['loss'].backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize('variant', SIZES)
+def test_recipe_is_the_authors(variant):
+    """What the released training script sets, read from the built optimizer and schedule."""
+    cfg = config_of(variant)
+    assert cfg.model.backbone.drop_path_rate == {'small': 0.2}.get(variant, 0.5)
+    batch = 8 * cfg.train_dataloader.batch_size
+    assert cfg.optim_wrapper.optimizer.lr == pytest.approx(5e-4 * batch / 512)
+    assert cfg.auto_scale_lr.base_batch_size == batch
+    warmup, cosine = cfg.param_scheduler
+    assert warmup.start_factor * cfg.optim_wrapper.optimizer.lr == pytest.approx(1e-6)
+    assert (warmup.end, cosine.begin, cosine.end) == (5, 5, cfg.train_cfg.max_epochs)
+    assert cosine.T_max == cosine.end - cosine.begin
+    assert cfg.optim_wrapper.clip_grad.max_norm == 5
+
+
+def test_no_weight_decay_on_norms_biases_and_position_encoding():
+    from mmengine.optim import build_optim_wrapper
+
+    cfg = config_of('small')
+    model = tiny_classifier()
+    wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
+    groups = [group for group in wrapper.optimizer.param_groups if group['weight_decay']]
+    decayed = {id(parameter) for group in groups for parameter in group['params']}
+    for name, parameter in model.named_parameters():
+        assert (id(parameter) in decayed) == (parameter.ndim > 1 and 'pos_block' not in name), name
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """A tiny classifier of the S config, trained on a folder of flat colors with noise."""
+    folder = tmp_path_factory.mktemp('classification')
+    rng = np.random.default_rng(0)
+    for split, count in (('train', 16), ('val', 6)):
+        for i, name in enumerate(('blue', 'green', 'red')):
+            (folder / 'data' / split / name).mkdir(parents=True)
+            for j in range(count):
+                image = rng.integers(0, 90, (48, 64, 3), dtype=np.uint8)
+                image[..., i] += 140
+                assert cv2.imwrite(str(folder / 'data' / split / name / f'{j}.png'), image)
+    config = folder / 'tiny.py'
+    base = config_path('small')
+    config.write_text(TINY_CONFIG.format(base=base, data=folder / 'data', arch=TINY))
+    run_tool(ROOT / 'tools' / 'train.py', config, '--work-dir', folder / 'work')
+    return folder
+
+
+def run_tool(script, *arguments):
+    run = subprocess.run(
+        [sys.executable, script, *arguments],
+        cwd=ROOT,
+        env=dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1'),
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return run.stdout + run.stderr
+
+
+def scalars(folder):
+    (log,) = folder.glob('*/vis_data/scalars.json')
+    return [json.loads(line) for line in log.read_text().splitlines()]
+
+
+def test_training_learns_a_folder_of_images(trained):
+    records = scalars(trained / 'work')
+    assert records[-1]['accuracy/top1'] > 90
+    losses = [record['loss'] for record in records if 'loss' in record]
+    assert losses[-1] < losses[0]
+
+
+def test_testing_gives_the_accuracy_of_the_last_validation(trained):
+    output = run_tool(
+        ROOT / 'tools' / 'test.py',
+        trained / 'tiny.py',
+        trained / 'work' / 'epoch_12.pth',
+        '--work-dir',
+        trained / 'test',
+    )
+    (accuracy,) = re.findall(r'accuracy/top1: ([\d.]+)', output)
+    validated = scalars(trained / 'work')[-1]['accuracy/top1']
+    assert float(accuracy) == pytest.approx(validated, abs=0.01)
+
+
+def test_mmpretrains_own_tool_trains_the_config(trained):
+    tool = Path(mmpretrain.__file__).parent / '.mim' / 'tools' / 'train.py'
+    arguments = ['train_cfg.max_epochs=1', 'train_cfg.val_interval=1']
+    options = ['--no-persistent-workers', '--cfg-options', *arguments]
+    run_tool(tool, trained / 'tiny.py', '--work-dir', trained / 'own', *options)
+    assert 'accuracy/top1' in scalars(trained / 'own')[-1]

@@ -1,0 +1,324 @@
+# Copyright (c) mmscalablevit contributors. All rights reserved.
+"""Converters: exact both ways, refusing what is not whole; publishing."""
+
+import hashlib
+import importlib.util
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from golden import REFERENCE, read_json, reference_input, reference_state, relative_error
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+from safetensors.torch import load_file
+
+from mmscalablevit import ScalableViT
+from mmscalablevit.engine import CheckpointError, cli
+
+ROOT = Path(__file__).parents[1]
+TOOLS = ROOT / 'tools' / 'model_converters'
+TINY = dict(
+    embed_dims=(16, 16, 32, 32),
+    num_heads=(2, 2, 4, 4),
+    depths=(2, 2, 3, 2),
+    c_ratios=(1.25, 2, 0.5, 1),
+    sr_ratios=(8, 4, 2, 1),
+    window_sizes=(7, 5, 7, 3),
+    mlp_ratios=(4, 2, 4, 4),
+    ssa_kv='separate',
+)
+
+
+def tool(name):
+    spec = importlib.util.spec_from_file_location(name, TOOLS / f'{name}.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(name, *arguments):
+    """A converter as a user calls it."""
+    return subprocess.run(
+        [sys.executable, TOOLS / f'{name}.py', *arguments],
+        cwd=ROOT,
+        env=dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1'),
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """A small arch with a name, for the converters know the named ones alone."""
+    zoo = dict(small=ScalableViT.arch_zoo['small'], tiny=TINY)
+    monkeypatch.setattr(ScalableViT, 'arch_zoo', zoo)
+
+
+def weights_of(**kwargs):
+    model = ScalableViT(dict(TINY), **kwargs)
+    return reference_state({k: v.shape for k, v in model.state_dict().items()})
+
+
+def classifier_weights(head):
+    shapes = {
+        'wide': {
+            '0.weight': (40, 32),
+            '0.bias': (40,),
+            '1.weight': (40,),
+            '1.bias': (40,),
+            '3.weight': (5, 40),
+            '3.bias': (5,),
+        },
+        'plain': {'weight': (5, 32), 'bias': (5,)},
+    }
+    named = {f'head.{name}': shape for name, shape in shapes[head].items()}
+    return {**weights_of(stage_norm=None, final_norm=True), **reference_state(named)}
+
+
+def in_old_names(state):
+    def old(name):
+        parts = ['lepe_func' if part == 'lim_func' else part for part in name.split('.')]
+        return '.'.join(['blocks', *parts[1:]] if parts[0] == 'stages' else parts)
+
+    return {old(name): tensor for name, tensor in state.items()}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    def save(content, name='source.pth'):
+        torch.save(content, tmp_path / name)
+        return str(tmp_path / name)
+
+    return save
+
+
+def assert_same(state, wanted):
+    """The same names in the same order, and the same bits."""
+    assert list(state) == list(wanted)
+    for name, tensor in state.items():
+        assert tensor.dtype == wanted[name].dtype
+        assert torch.equal(tensor, wanted[name]), name
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('head', ['wide', 'plain'])
+def test_classifier_and_back(tiny, saved, head, dtype):
+    state = {name: tensor.to(dtype) for name, tensor in classifier_weights(head).items()}
+    source = saved(dict(model=state, epoch=299))
+    converted, left_out = tool('scalablevit_to_mm').convert(source, 'classifier')
+    assert converted['meta'] == dict(arch='tiny')
+    assert left_out == []
+    back, arch, left_out = tool('mm_to_scalablevit').convert(saved(converted), 'released')
+    assert (arch, left_out) == ('tiny', [])
+    assert_same(back['model'], state)
+
+
+@pytest.mark.parametrize('naming', ['released', 'detection'])
+def test_backbone_and_back(tiny, saved, naming):
+    state = weights_of()
+    if naming == 'detection':
+        state = in_old_names(state)
+    converted, _ = tool('scalablevit_to_mm').convert(saved(dict(state_dict=state)), 'backbone')
+    assert_same(converted['state_dict'], weights_of())
+    back, _, left_out = tool('mm_to_scalablevit').convert(saved(converted), naming)
+    assert left_out == []
+    assert_same(back['model' if naming == 'released' else 'state_dict'], state)
+
+
+def test_what_a_backbone_leaves_out_is_named(tiny, saved):
+    classifier = saved(classifier_weights('wide'))
+    converted, left_out = tool('scalablevit_to_mm').convert(classifier, 'backbone')
+    assert left_out == ['head']
+    assert_same(converted['state_dict'], weights_of(stage_norm=None, final_norm=True))
+
+    detector = {f'backbone.{name}': tensor for name, tensor in weights_of().items()}
+    detector.update({'neck.fc.weight': torch.ones(1), 'rpn_head.fc.weight': torch.ones(1)})
+    back, _, left_out = tool('mm_to_scalablevit').convert(saved(detector), 'released')
+    assert left_out == ['neck', 'rpn_head']
+    assert_same(back['model'], weights_of())
+
+
+def test_backbone_of_fewer_stages(tiny, saved):
+    state = weights_of(out_indices=(0, 1))
+    back, arch, _ = tool('mm_to_scalablevit').convert(saved(state), 'released')
+    assert arch == 'tiny'
+    assert_same(back['model'], state)
+
+
+NAME = 'stages.2.1.attn.proj.bias'
+BAD = {
+    'parameter without a tensor': (
+        'backbone',
+        lambda state: {k: v for k, v in state.items() if k != NAME},
+        rf'1 missing \({NAME}\)$',
+    ),
+    'tensor without a place': (
+        'backbone',
+        lambda state: dict(state, extra=torch.ones(1)),
+        r'1 unexpected \(extra\)$',
+    ),
+    'NaN': (
+        'backbone',
+        lambda state: {**state, NAME: torch.full((32,), torch.nan)},
+        f'NaN or infinite values in {NAME}',
+    ),
+    'other network': (
+        'backbone',
+        lambda state: {'conv1.weight': torch.ones(1)},
+        r'missing .* 1 unexpected \(conv1.weight\)$',
+    ),
+    'no head': (
+        'classifier',
+        lambda state: {k: v for k, v in state.items() if not k.startswith('head.')},
+        'is no released classifier .*; try --task backbone',
+    ),
+    'other head': (
+        'classifier',
+        lambda state: {**state, 'head.5.bias': torch.ones(1)},
+        'is no released classifier',
+    ),
+    'dense backbone': ('classifier', lambda state: weights_of(), 'it holds .*norm_list.3; try'),
+}
+
+
+@pytest.mark.parametrize(('task', 'change', 'text'), BAD.values(), ids=BAD)
+def test_what_is_not_whole_is_refused(tiny, saved, task, change, text):
+    source = saved(change(classifier_weights('wide')))
+    with pytest.raises(CheckpointError, match=text):
+        tool('scalablevit_to_mm').convert(source, task)
+
+
+def test_released_small_classifier_from_the_command_line(saved, tmp_path):
+    """The authors' tensors, converted by the tool, loaded from the config, give their logits."""
+    pytest.importorskip('mmpretrain')
+    official = reference_state(read_json('state_dict_keys_small.json'))
+    source, target, back = (
+        saved(dict(model=official)),
+        tmp_path / 'new' / 'a.pth',
+        tmp_path / 'b.pth',
+    )
+    result = run('scalablevit_to_mm', source, target, '--task', 'classifier')
+    assert result.returncode == 0, result.stderr
+    assert f"{target}: classifier of arch 'small', 492 tensors" in result.stdout
+
+    cfg = Config.fromfile(ROOT / 'configs/classification/scalablevit-s_8xb128_in1k.py')
+    init_default_scope('mmpretrain')
+    with torch.device('meta'):
+        model = MODELS.build(cfg.model)
+    model.load_state_dict(torch.load(target, weights_only=True)['state_dict'], assign=True)
+    with torch.no_grad():
+        logits = model.eval()(reference_input(401, (2, 3, 224, 224)))
+    assert (
+        relative_error(logits, load_file(REFERENCE / 'logits_small.safetensors')['logits']) < 1e-5
+    )
+
+    result = run('mm_to_scalablevit', target, back)
+    assert result.returncode == 0, result.stderr
+    assert_same(torch.load(back, weights_only=True)['model'], official)
+
+
+def test_detection_naming_from_the_command_line(saved, tmp_path):
+    entries = read_json('port_key_map_small_kvmerged.json')
+    official = reference_state({e['official_style']: e['shape'] for e in entries})
+    port = {e['port']: official[e['official_style']] for e in entries}
+    result = run('scalablevit_to_mm', saved(port), tmp_path / 'a.pth')
+    assert "backbone of arch 'small-merged'" in result.stdout, result.stderr
+    result = run(
+        'mm_to_scalablevit', tmp_path / 'a.pth', tmp_path / 'b.pth', '--naming', 'detection'
+    )
+    assert result.returncode == 0, result.stderr
+    assert_same(torch.load(tmp_path / 'b.pth', weights_only=True)['state_dict'], port)
+
+
+@pytest.mark.parametrize('name', ['scalablevit_to_mm', 'mm_to_scalablevit', 'publish_model'])
+def test_missing_file_is_one_sentence(tmp_path, monkeypatch, name):
+    source, target = tmp_path / 'none.pth', tmp_path / 'out' / 'out.pth'
+    monkeypatch.setattr(sys, 'argv', [name, str(source), str(target)])
+    with pytest.raises(SystemExit) as error:
+        cli.run(tool(name).main)
+    assert error.value.code == f'error: checkpoint {source} does not exist'
+    assert not target.parent.exists()
+
+
+@pytest.mark.parametrize('name', ['model', 'model.pth', 'model.v1'])
+def test_publishing_strips_and_names_by_hash(saved, tmp_path, name):
+    state = weights_of()
+    optimizer = torch.optim.AdamW(torch.nn.Linear(2, 2).parameters())
+    source = saved(
+        dict(
+            meta=dict(epoch=3),
+            state_dict=state,
+            optimizer=optimizer.state_dict(),
+            message_hub=dict(log_scalars={}),
+        )
+    )
+    published, removed = tool('publish_model').publish(
+        source, str(tmp_path / 'out' / name), ['meta', 'state_dict']
+    )
+    assert removed == ['optimizer', 'message_hub']
+    digest = hashlib.sha256(published.read_bytes()).hexdigest()
+    assert published.name == f'{name.removesuffix(".pth")}-{digest[:8]}.pth'
+    assert list(published.parent.iterdir()) == [published]
+    content = torch.load(published, weights_only=True)
+    assert content['meta'] == dict(epoch=3)
+    assert_same(content.pop('state_dict'), state)
+    assert list(content) == ['meta']
+
+
+def test_publishing_nothing_is_refused(saved, tmp_path):
+    with pytest.raises(CheckpointError, match='without state_dict; it holds model'):
+        tool('publish_model').publish(saved(dict(model={})), str(tmp_path / 'o'), ['state_dict'])
+    assert not (tmp_path / 'o.pth').exists()
+
+
+LAYOUTS = {
+    'released': lambda: dict(model=classifier_weights('wide')),
+    'detection': lambda: dict(state_dict=in_old_names(weights_of())),
+    'toolbox': lambda: dict(
+        meta={}, state_dict={f'backbone.{k}': v for k, v in weights_of().items()}
+    ),
+}
+USERS = {
+    'mmdet': 'detection/mask-rcnn_scalablevit-s_fpn_1x_coco.py',
+    'mmseg': 'segmentation/scalablevit-s_upernet_8xb2-160k_ade20k-512x512.py',
+    'mmpretrain': 'classification/scalablevit-s_8xb128_in1k.py',
+}
+
+
+def with_tiny_backbone(node):
+    """The widths of the tiny arch wherever a config names those of S."""
+    widths = dict(zip((64, 128, 256, 512), TINY['embed_dims'], strict=True))
+    if isinstance(node.get('in_channels'), list):
+        node.in_channels = list(TINY['embed_dims'])
+    elif node.get('type') in ('FCNHead', 'ScalableViTClsHead'):
+        node.in_channels = widths[node.in_channels]
+
+
+# A dense backbone has no norm for the classifier, so only the released layout serves mmpretrain.
+@pytest.mark.parametrize(
+    ('toolbox', 'layout'),
+    [*itertools.product(('mmdet', 'mmseg'), LAYOUTS), ('mmpretrain', 'released')],
+)
+def test_every_layout_loads_in_the_toolboxes(saved, toolbox, layout):
+    pytest.importorskip(toolbox)
+    content = LAYOUTS[layout]()
+    model = Config.fromfile(ROOT / 'configs' / USERS[toolbox]).model
+    init_default_scope(toolbox)
+    for part in ('neck', 'decode_head', 'auxiliary_head', 'head'):
+        if part in model:
+            with_tiny_backbone(model[part])
+    model.backbone.arch = TINY
+    model.backbone.init_cfg = dict(type='Pretrained', checkpoint=saved(content))
+    model = MODELS.build(model)
+    model.init_weights()
+    wanted = classifier_weights('wide') if layout == 'released' else weights_of()
+    compared = 0
+    for name, tensor in model.backbone.state_dict().items():
+        if name in wanted:
+            assert torch.equal(tensor, wanted[name]), name
+            compared += 1
+    assert compared == len(wanted) - (layout == 'released') * (6 if toolbox == 'mmpretrain' else 8)

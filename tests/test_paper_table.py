@@ -1,0 +1,165 @@
+# Copyright (c) mmscalablevit contributors. All rights reserved.
+"""The table of published figures: every row, the counting, the three formats."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# Imported before any toolbox: it makes a torchvision without its compiled half importable.
+import mmscalablevit  # noqa: F401
+
+for toolbox in ('mmpretrain', 'mmdet', 'mmseg'):
+    pytest.importorskip(toolbox)
+
+ROOT = Path(__file__).parents[1]
+TOOL = ROOT / 'tools' / 'analysis_tools' / 'paper_table.py'
+# Task, size, schedule, millions of parameters, GFLOPs: the paper and the authors' README.
+PUBLISHED = [
+    ('ImageNet-1K', 'S', '300e', '32.4', 4.2),
+    ('ImageNet-1K', 'B', '300e', '81.9', 8.6),
+    ('ImageNet-1K', 'L', '300e', '104.9', 14.7),
+    ('RetinaNet', 'S', '1x', '36.4', 238),
+    ('RetinaNet', 'S', '3x', '36.4', 238),
+    ('RetinaNet', 'B', '1x', '85.6', 330),
+    ('RetinaNet', 'B', '3x', '85.6', 330),
+    ('RetinaNet', 'L', '1x', '112.6', 457),
+    ('Mask R-CNN', 'S', '1x', '46.3', 256),
+    ('Mask R-CNN', 'S', '3x', '46.3', 256),
+    ('Mask R-CNN', 'B', '1x', '94.9', 349),
+    ('Mask R-CNN', 'B', '3x', '94.9', 349),
+    ('Mask R-CNN', 'L', '1x', '121.4', 477),
+    ('Semantic FPN', 'S', '80k', '30.4', 174),
+    ('Semantic FPN', 'B', '80k', '79.0', 270),
+    ('Semantic FPN', 'L', '80k', '105.5', 402),
+    ('UperNet', 'S', '160k', '56.5', 931),
+    ('UperNet', 'B', '160k', '107.0', 1029),
+    ('UperNet', 'L', '160k', '135.5', 1162),
+]
+# Swin's repository: complete FLOPs; 28 M and 60 M with fewer digits.
+SWIN = {'ImageNet-1K': (28, 4.5), 'Mask R-CNN': (48, 267), 'UperNet': (60, 945)}
+# The authors' code with explicit matrix products, counted by fvcore.
+AUTHORS = {'small': 4.285, 'base': 8.827, 'large': 15.027}
+
+
+@pytest.fixture(scope='module')
+def table():
+    """What one call of the tool prints as JSON."""
+    run = subprocess.run(
+        [sys.executable, TOOL, '--json'],
+        cwd=ROOT,
+        env=dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1'),
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout)
+
+
+@pytest.fixture(scope='module')
+def tool():
+    spec = importlib.util.spec_from_file_location('paper_table', TOOL)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules['paper_table'] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules['paper_table']
+
+
+def rows_of(table, task, model):
+    return [row for row in table['rows'] if (row['task'], row['model']) == (task, model)]
+
+
+@pytest.mark.parametrize(('task', 'size', 'schedule', 'params', 'gflops'), PUBLISHED)
+def test_published_row_is_reproduced(table, task, size, schedule, params, gflops):
+    rows = rows_of(table, task, f'ScalableViT-{size}')
+    (row,) = [row for row in rows if row['schedule'] == schedule]
+    assert (row['published_params'], float(row['published_gflops'])) == (params, gflops)
+    assert row['gflops'] == pytest.approx(gflops, rel=0.01)
+    assert row['gflops_agree']
+    assert row['complete_gflops'] > row['gflops']
+    if (task, size) == ('ImageNet-1K', 'L'):
+        assert row['params'] == pytest.approx(109.28884)
+        assert not row['params_agree']
+        assert '104.9' in table['notes'][row['notes'][0]]
+        return
+    assert f'{row["params"]:.1f}' == params
+    assert row['params_agree']
+
+
+def test_no_row_is_lost_or_added(table):
+    ours = [row for row in table['rows'] if row['model'].startswith('ScalableViT')]
+    assert len(ours) == len(PUBLISHED)
+    assert {row['input'] for row in table['rows']} == {'224x224', '800x1280', '512x2048'}
+
+
+@pytest.mark.parametrize(
+    'task', ['ImageNet-1K', 'RetinaNet', 'Mask R-CNN', 'Semantic FPN', 'UperNet']
+)
+def test_other_backbones_stand_beside_ours(table, task):
+    (swin,) = rows_of(table, task, 'Swin-T')
+    assert swin['params_agree']
+    if task in SWIN:
+        params, gflops = SWIN[task]
+        assert round(swin['params']) == params
+        assert swin['complete_gflops'] == pytest.approx(gflops, rel=0.005)
+    (twins,) = rows_of(table, task, 'Twins-SVT-S')
+    assert twins['params'] == pytest.approx(float(twins['published_params']), rel=0.02)
+    assert twins['complete_gflops'] > twins['gflops']
+
+
+def test_every_disagreement_has_a_footnote(table):
+    for row in table['rows']:
+        if not row['params_agree'] or row['gflops_agree'] in (None, False):
+            assert row['notes'], row
+        assert set(row['notes']) <= set(table['notes'])
+
+
+def test_small_is_shown_beside_small_merged(table):
+    note = table['notes']['merged']
+    for figure in ('32.00', '36.03', '45.95', '30.05', '56.10'):
+        assert f'{figure} M' in note
+
+
+@pytest.mark.parametrize('arch', AUTHORS)
+def test_fused_attention_is_counted_as_the_products_it_stands_for(tool, arch):
+    """The authors' explicit products, plus no more than the zeros that pad to one width."""
+    task = tool.TASKS['ImageNet-1K']
+    counts = tool.count(task, tool.model_config(task, 'ScalableViT-S', arch))
+    assert AUTHORS[arch] < counts.complete_gflops < 1.005 * AUTHORS[arch]
+
+
+def test_formats(tool, table, capsys):
+    rows = [tool.Row(**{**row, 'notes': tuple(row['notes'])}) for row in table['rows']]
+    tool.print_table(rows, table['notes'], markdown=True)
+    markdown = capsys.readouterr().out
+    lines = markdown.splitlines()
+    count = 2 + len(rows)
+    assert {line.count('|') for line in lines[:count]} == {len(tool.HEADER) + 1}
+    assert set(lines[1]) == set('| -')
+    assert '109.29 (differs)' in markdown
+    for number, note in enumerate(table['notes'].values(), 1):
+        assert f'{number}. {note}' in lines
+
+    tool.print_table(rows, table['notes'], markdown=False)
+    plain = capsys.readouterr().out.splitlines()
+    assert '|' not in '\n'.join(plain)
+    assert plain[0].split()[:2] == ['Task', 'Backbone']
+
+
+def test_missing_toolbox_is_one_sentence():
+    code = (
+        'import runpy, sys\n'
+        'sys.modules["mmseg"] = None\n'
+        f'sys.argv = [{str(TOOL)!r}]\n'
+        f'runpy.run_path({str(TOOL)!r}, run_name="__main__")'
+    )
+    run = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 1
+    assert (
+        run.stderr.strip().splitlines()[-1].startswith('error: the table needs mmseg, which cannot')
+    )

@@ -1,0 +1,488 @@
+# Copyright (c) mmscalablevit contributors. All rights reserved.
+"""Published and computed parameters and FLOPs of every published model, beside Swin and Twins.
+
+The models are those of the configs. They are built without memory (PyTorch's meta device) and
+run once at the published input size under PyTorch's own counter, ``FlopCounterMode``. A FLOP is one
+multiply-add, as in the papers. Two figures are given:
+
+- **published way**: convolutions, linear layers and norms, these with the factors of mmengine's
+  analysis. The counters of the time hooked layers and did not see attention's matrix products.
+- **complete**: with these products. Fused attention is one opaque operator to most counters, which
+  then count nothing; here it runs as the two products that it stands for, so that they are counted
+  as executed, including the zeros by which values or keys are padded to one width.
+
+Activations, additions, softmax, pooling and interpolation are left out of both.
+"""
+
+import argparse
+import importlib
+import json
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from mmengine.config import Config, ConfigDict
+from mmengine.logging import MMLogger
+from mmengine.registry import MODELS, init_default_scope
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+# Imported before any toolbox: it makes a torchvision without its compiled half importable.
+from mmscalablevit import ScalableViT
+from mmscalablevit.engine import cli
+
+CONFIGS = Path(__file__).parents[2] / 'configs'
+FLOPS_TOLERANCE = 0.01
+HEADER = [
+    'Task',
+    'Backbone',
+    'Schedule',
+    'Input',
+    'Params (M), published',
+    'computed',
+    'GFLOPs, published',
+    'published way',
+    'complete',
+    'Notes',
+]
+# mmdet's counting at the time put 1000 proposals through the box head, 100 through the mask head.
+NUM_PROPOSALS, NUM_MASKS = 1000, 100
+
+
+@dataclass(frozen=True)
+class Task:
+    """A table of the paper.
+
+    Args:
+        toolbox (str): The toolbox.
+        config (str): Config of size S.
+        size (tuple[int, int]): Height and width of the published input in pixels.
+    """
+
+    toolbox: str
+    config: str
+    size: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published model.
+
+    Args:
+        task (str): Key of ``TASKS``.
+        model (str): Name of the backbone.
+        schedules (tuple[str, ...]): Training schedules of the rows that share these figures.
+        params (str): Millions of parameters, with the published digits.
+        gflops (str): FLOPs in units of 1e9, empty if not published at this input size.
+        notes (tuple[str, ...]): What a reader must know, keys of ``NOTES``.
+        counts_attention (bool): Whether the published FLOPs are complete. Defaults to False.
+    """
+
+    task: str
+    model: str
+    schedules: tuple[str, ...]
+    params: str
+    gflops: str
+    notes: tuple[str, ...] = ()
+    counts_attention: bool = False
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What was counted.
+
+    Args:
+        params (float): Millions of parameters.
+        gflops (float): FLOPs in units of 1e9, the published way.
+        complete_gflops (float): With the matrix products of attention.
+    """
+
+    params: float
+    gflops: float
+    complete_gflops: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table: the published model with one schedule, and what was counted.
+
+    Args:
+        task (str): The table of the paper.
+        model (str): Name of the backbone.
+        schedule (str): Training schedule.
+        input (str): Height and width of the input in pixels.
+        published_params (str): See ``Published``.
+        params (float): See ``Counts``.
+        params_agree (bool): Whether the computed figure rounds to the published one.
+        published_gflops (str): See ``Published``.
+        gflops (float): See ``Counts``.
+        complete_gflops (float): See ``Counts``.
+        gflops_agree (bool | None): Whether the figure counted like the published one rounds to it
+            or is within 1%; None if none is published.
+        notes (tuple[str, ...]): Keys of the footnotes.
+    """
+
+    task: str
+    model: str
+    schedule: str
+    input: str
+    published_params: str
+    params: float
+    params_agree: bool
+    published_gflops: str
+    gflops: float
+    complete_gflops: float
+    gflops_agree: bool | None
+    notes: tuple[str, ...]
+
+
+TASKS = {
+    'ImageNet-1K': Task('mmpretrain', 'classification/scalablevit-s_8xb128_in1k.py', (224, 224)),
+    'RetinaNet': Task('mmdet', 'detection/retinanet_scalablevit-s_fpn_1x_coco.py', (800, 1280)),
+    'Mask R-CNN': Task('mmdet', 'detection/mask-rcnn_scalablevit-s_fpn_1x_coco.py', (800, 1280)),
+    'Semantic FPN': Task(
+        'mmseg', 'segmentation/scalablevit-s_fpn_4xb4-80k_ade20k-512x512.py', (512, 2048)
+    ),
+    'UperNet': Task(
+        'mmseg', 'segmentation/scalablevit-s_upernet_8xb2-160k_ade20k-512x512.py', (512, 2048)
+    ),
+}
+ARCHS = {'ScalableViT-S': 'small-merged', 'ScalableViT-B': 'base', 'ScalableViT-L': 'large'}
+# Backbones of other papers, by the toolboxes' own classes, and the widths of their stages.
+OTHERS = {
+    'Swin-T': (
+        dict(
+            type='SwinTransformer',
+            embed_dims=96,
+            depths=(2, 2, 6, 2),
+            num_heads=(3, 6, 12, 24),
+            out_indices=(0, 1, 2, 3),
+        ),
+        [96, 192, 384, 768],
+    ),
+    # mmdet has no Twins.
+    'Twins-SVT-S': (
+        dict(
+            type='mmseg.SVT',
+            embed_dims=[64, 128, 256, 512],
+            depths=[2, 2, 10, 4],
+            num_heads=[2, 4, 8, 16],
+            mlp_ratios=[4, 4, 4, 4],
+            sr_ratios=[8, 4, 2, 1],
+            windiow_sizes=[7, 7, 7, 7],
+            qkv_bias=True,
+            norm_after_stage=True,
+        ),
+        [64, 128, 256, 512],
+    ),
+}
+CLASSIFIERS = {
+    'Swin-T': dict(type='SwinTransformer', arch='tiny'),
+    'Twins-SVT-S': dict(
+        type='SVT', arch='small', out_indices=(3,), norm_after_stage=[False, False, False, True]
+    ),
+}
+PUBLISHED = (
+    Published('ImageNet-1K', 'ScalableViT-S', ('300e',), '32.4', '4.2', ('merged',)),
+    Published('ImageNet-1K', 'ScalableViT-B', ('300e',), '81.9', '8.6'),
+    Published('ImageNet-1K', 'ScalableViT-L', ('300e',), '104.9', '14.7', ('large',)),
+    Published('ImageNet-1K', 'Swin-T', ('300e',), '28', '4.5', ('complete',), True),
+    Published('ImageNet-1K', 'Twins-SVT-S', ('300e',), '24', '2.9', ('complete',), True),
+    Published('RetinaNet', 'ScalableViT-S', ('1x', '3x'), '36.4', '238', ('merged',)),
+    Published('RetinaNet', 'ScalableViT-B', ('1x', '3x'), '85.6', '330'),
+    Published('RetinaNet', 'ScalableViT-L', ('1x',), '112.6', '457'),
+    Published('RetinaNet', 'Swin-T', ('1x',), '38.5', '', ('size',)),
+    Published('RetinaNet', 'Twins-SVT-S', ('1x',), '34.3', '', ('size', 'twins')),
+    Published('Mask R-CNN', 'ScalableViT-S', ('1x', '3x'), '46.3', '256', ('merged',)),
+    Published('Mask R-CNN', 'ScalableViT-B', ('1x', '3x'), '94.9', '349'),
+    Published('Mask R-CNN', 'ScalableViT-L', ('1x',), '121.4', '477'),
+    Published('Mask R-CNN', 'Swin-T', ('3x',), '47.8', '267', ('complete',), True),
+    Published('Mask R-CNN', 'Twins-SVT-S', ('1x',), '44.0', '', ('size', 'twins')),
+    Published('Semantic FPN', 'ScalableViT-S', ('80k',), '30.4', '174', ('merged',)),
+    Published('Semantic FPN', 'ScalableViT-B', ('80k',), '79.0', '270'),
+    Published('Semantic FPN', 'ScalableViT-L', ('80k',), '105.5', '402'),
+    Published('Semantic FPN', 'Swin-T', ('80k',), '31.9', '', ('size',)),
+    Published('Semantic FPN', 'Twins-SVT-S', ('80k',), '28.3', '', ('size', 'twins')),
+    Published('UperNet', 'ScalableViT-S', ('160k',), '56.5', '931', ('merged',)),
+    Published('UperNet', 'ScalableViT-B', ('160k',), '107.0', '1029'),
+    Published('UperNet', 'ScalableViT-L', ('160k',), '135.5', '1162'),
+    Published('UperNet', 'Swin-T', ('160k',), '59.9', '945', ('complete',), True),
+    Published('UperNet', 'Twins-SVT-S', ('160k',), '54.4', '', ('size', 'twins')),
+)
+NOTES = {
+    'merged': "S is counted as arch='small-merged', merged keys and values in SSA, which the "
+    "published figures are of. The released classification code has arch='small': {small}.",
+    'large': 'The published 104.9 M agree with no variant of L. The released code has what is '
+    'computed here, and the published detectors and segmentors with L agree with it.',
+    'complete': "Published in Swin's and Twins' own papers and repositories, with complete FLOPs.",
+    'size': 'FLOPs were published at another input size only.',
+    'twins': "The parameters published for dense prediction are more than those of mmseg's class, "
+    'by {twins}. An unused ImageNet classifier would be 0.51 M.',
+}
+LEGEND = (
+    'A FLOP is one multiply-add. "Published way" leaves out the two matrix products of attention, '
+    'as the counters of the time did; "complete" counts them as fused attention executes them, '
+    'with the zeros that pad values and keys to one width.'
+)
+
+
+def parse_args() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description='Print the published and the computed parameters and FLOPs of every published '
+        'model, beside Swin-T and Twins-SVT-S. Needs mmpretrain, mmdet and mmseg, no weights.',
+        epilog='example: python tools/analysis_tools/paper_table.py --markdown',
+    )
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument('--markdown', action='store_true', help='print a Markdown table')
+    group.add_argument('--json', action='store_true', help='print JSON')
+    return parser.parse_args()
+
+
+def model_config(task: Task, model: str, arch: str | None = None) -> ConfigDict:
+    """Config of a published model.
+
+    Args:
+        task (Task): The table.
+        model (str): The backbone.
+        arch (str, optional): Arch in place of the published one. Defaults to None.
+
+    Returns:
+        ConfigDict: The model of size S with this backbone and its widths in neck and heads.
+    """
+    cfg = Config.fromfile(CONFIGS / task.config).model
+    if model in OTHERS:
+        backbone, widths = OTHERS[model]
+        cfg.backbone = CLASSIFIERS[model] if task.toolbox == 'mmpretrain' else backbone
+    else:
+        cfg.backbone.arch = arch or ARCHS[model]
+        widths = list(ScalableViT.arch_zoo[cfg.backbone.arch]['embed_dims'])
+    if task.toolbox == 'mmpretrain':
+        cfg.head.in_channels = widths[-1]
+        if model in OTHERS:
+            cfg.head.hidden_channels = None
+    elif 'neck' in cfg:
+        cfg.neck.in_channels = widths
+    else:
+        cfg.decode_head.in_channels = widths
+        cfg.auxiliary_head.in_channels = widths[2]
+    return cfg
+
+
+def build(task: Task, cfg: ConfigDict) -> nn.Module:
+    """Build a model without memory for its weights.
+
+    Args:
+        task (Task): The table.
+        cfg (ConfigDict): Config of the model.
+
+    Returns:
+        nn.Module: The model on the meta device, in eval mode.
+    """
+    init_default_scope(task.toolbox)
+    if cfg.backbone.type == 'ScalableViT':
+        with torch.device('meta'):
+            return MODELS.build(cfg).eval()
+    # The others read values of tensors while they are built.
+    return MODELS.build(cfg).to('meta').eval()
+
+
+def count(task: Task, cfg: ConfigDict) -> Counts:
+    """Count parameters and FLOPs of a model.
+
+    Args:
+        task (Task): The table; gives the size of the input.
+        cfg (ConfigDict): Config of the model.
+
+    Returns:
+        Counts: What was counted.
+    """
+    model = build(task, cfg)
+    aten = torch.ops.aten
+    norms = {
+        aten.native_layer_norm: norm_flops(5),
+        aten.native_batch_norm: norm_flops(2),
+        aten._native_batch_norm_legit_no_training: norm_flops(2),
+    }
+    counter = FlopCounterMode(display=False, custom_mapping=norms)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        forward(model, torch.empty(1, 3, *task.size, device='meta'))
+    # The counter counts a multiply-add as two.
+    gflops = {op: flops / 2e9 for op, flops in counter.get_flop_counts()['Global'].items()}
+    attention = gflops.pop(aten.bmm, 0) + gflops.pop(aten.baddbmm, 0)
+    published_way = sum(gflops.values())
+    return Counts(num_params(model), published_way, published_way + attention)
+
+
+def num_params(model: nn.Module) -> float:
+    """Millions of parameters."""
+    return sum(parameter.numel() for parameter in model.parameters()) / 1e6
+
+
+def norm_flops(factor: int) -> Callable:
+    """FLOPs of a norm by the factor of mmengine's analysis, in the unit of PyTorch's counter."""
+
+    def flops(shape: torch.Size, *args, out_shape: tuple | None = None, **kwargs) -> int:
+        return 2 * factor * math.prod(shape)
+
+    return flops
+
+
+def forward(model: nn.Module, images: Tensor) -> None:
+    """Run what the published counts ran: all layers, no post-processing.
+
+    Args:
+        model (nn.Module): The model.
+        images (Tensor): Images of shape (B, 3, H, W) on the meta device.
+    """
+    if not hasattr(model, 'roi_head'):
+        model(images, mode='tensor')
+        return
+    features = model.extract_feat(images)
+    model.rpn_head(features)
+    channels = features[0].shape[1]
+    for part, number in (('bbox', NUM_PROPOSALS), ('mask', NUM_MASKS)):
+        extractor = getattr(model.roi_head, f'{part}_roi_extractor')
+        regions = images.new_empty(number, channels, *extractor.roi_layers[0].output_size)
+        getattr(model.roi_head, f'{part}_head')(regions)
+
+
+def count_all() -> tuple[list[Row], dict[str, str]]:
+    """Count every published model.
+
+    Returns:
+        tuple[list[Row], dict[str, str]]: The rows, and the footnotes by their keys.
+    """
+    rows = []
+    small, twins = [], []
+    for published in track(PUBLISHED, 'Counting', console=Console(stderr=True)):
+        task = TASKS[published.task]
+        counts = count(task, model_config(task, published.model))
+        rows += rows_of(published, counts)
+        if 'merged' in published.notes:
+            params = num_params(build(task, model_config(task, published.model, 'small')))
+            small.append(f'{published.task} {params:.2f} M')
+        if 'twins' in published.notes:
+            more = float(published.params) - counts.params
+            twins.append(f'{more:.2f} M ({published.task})')
+    texts = dict(small=', '.join(small), twins=', '.join(twins))
+    return rows, {key: note.format(**texts) for key, note in NOTES.items()}
+
+
+def rows_of(published: Published, counts: Counts) -> list[Row]:
+    """Compare a published model with its counts.
+
+    Args:
+        published (Published): The model.
+        counts (Counts): What was counted.
+
+    Returns:
+        list[Row]: One row for each schedule.
+    """
+    counted = counts.complete_gflops if published.counts_attention else counts.gflops
+    height, width = TASKS[published.task].size
+    return [
+        Row(
+            task=published.task,
+            model=published.model,
+            schedule=schedule,
+            input=f'{height}x{width}',
+            published_params=published.params,
+            params=counts.params,
+            params_agree=rounds_to(counts.params, published.params),
+            published_gflops=published.gflops,
+            gflops=counts.gflops,
+            complete_gflops=counts.complete_gflops,
+            gflops_agree=agree(counted, published.gflops) if published.gflops else None,
+            notes=published.notes,
+        )
+        for schedule in published.schedules
+    ]
+
+
+def rounds_to(value: float, published: str) -> bool:
+    """Whether a value rounds to the published digits."""
+    return f'{value:.{len(published.partition(".")[2])}f}' == published
+
+
+def agree(gflops: float, published: str) -> bool:
+    """Whether FLOPs round to the published digits or come close to them."""
+    near = abs(gflops / float(published) - 1) <= FLOPS_TOLERANCE
+    return near or rounds_to(gflops, published)
+
+
+def cells(row: Row, numbers: dict[str, int]) -> list[str]:
+    """What a row of the printed table says.
+
+    Args:
+        row (Row): The row.
+        numbers (dict[str, int]): Numbers of the footnotes.
+
+    Returns:
+        list[str]: One text for each of ``HEADER``.
+    """
+    digits = 3 if row.gflops < 100 else 1
+    return [
+        row.task,
+        row.model,
+        row.schedule,
+        row.input,
+        row.published_params,
+        f'{row.params:.2f}' + ('' if row.params_agree else ' (differs)'),
+        row.published_gflops + ('' if row.gflops_agree is not False else ' (differs)') or '-',
+        f'{row.gflops:.{digits}f}',
+        f'{row.complete_gflops:.{digits}f}',
+        ', '.join(str(numbers[note]) for note in row.notes),
+    ]
+
+
+def print_table(rows: list[Row], notes: dict[str, str], markdown: bool) -> None:
+    """Print the table and its footnotes.
+
+    Args:
+        rows (list[Row]): The rows.
+        notes (dict[str, str]): The footnotes.
+        markdown (bool): Whether to print Markdown.
+    """
+    numbers = {key: number for number, key in enumerate(notes, 1)}
+    lines = [HEADER, *(cells(row, numbers) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    rule = ['-' * width for width in widths]
+    bar = '| ' if markdown else ''
+    for line in [HEADER, rule, *lines[1:]]:
+        padded = (' | ' if markdown else '  ').join(map(str.ljust, line, widths))
+        print(f'{bar}{padded}{bar[::-1]}'.rstrip())
+    print()
+    print(f'{LEGEND}\n')
+    for key, note in notes.items():
+        print(f'{numbers[key]}. {note}')
+
+
+def main() -> None:
+    """Count every published model and print the table."""
+    args = parse_args()
+    for toolbox in ('mmpretrain', 'mmdet', 'mmseg'):
+        try:
+            importlib.import_module(f'{toolbox}.models')
+        except (ImportError, AssertionError) as error:
+            raise cli.UserError(
+                f'the table needs {toolbox}, which cannot be imported ({error})'
+            ) from error
+    # What the toolboxes say while they build would get between the lines.
+    MMLogger.get_current_instance().setLevel('ERROR')
+    warnings.simplefilter('ignore')
+    rows, notes = count_all()
+    if args.json:
+        print(json.dumps(dict(rows=[asdict(row) for row in rows], notes=notes), indent=2))
+    else:
+        print_table(rows, notes, args.markdown)
+
+
+if __name__ == '__main__':
+    cli.run(main)

@@ -1,0 +1,84 @@
+# Copyright (c) mmscalablevit contributors. All rights reserved.
+"""Convert a checkpoint of an OpenMMLab toolbox to the authors' naming."""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from mmscalablevit import ScalableViT
+from mmscalablevit.engine import cli
+from mmscalablevit.models.checkpoint import (
+    detection_name,
+    module_names,
+    read_weights,
+    recognize,
+    split_backbone,
+)
+
+
+def parse_args() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description='Convert a backbone, or the backbone of a detector, segmentor or classifier, '
+        "to the authors' naming. Of a classifier the head is converted, too.",
+        epilog='example: python tools/model_converters/mm_to_scalablevit.py '
+        'work_dirs/scalablevit-s_8xb128_in1k/epoch_300.pth scalablevit-s.pth',
+    )
+    parser.add_argument('src', help='checkpoint of a toolbox')
+    parser.add_argument('dst', help='where the converted checkpoint is written')
+    parser.add_argument(
+        '--naming',
+        choices=['released', 'detection'],
+        default='released',
+        help='released: that of the classification code, weights under the key model (default); '
+        'detection: that of the earlier detection code, weights under the key state_dict',
+    )
+    return parser.parse_args()
+
+
+def convert(src: str, naming: str) -> tuple[dict, str, list[str]]:
+    """Convert a checkpoint.
+
+    Args:
+        src (str): The file.
+        naming (str): 'released' or 'detection'.
+
+    Returns:
+        tuple[dict, str, list[str]]: The checkpoint to save, the backbone's arch, and the modules
+        that were left out.
+
+    Raises:
+        CheckpointError: If the file holds no whole backbone.
+    """
+    backbone, outside = split_backbone(read_weights(src), src)
+    arch = recognize(ScalableViT, backbone, src)
+    if naming == 'detection':
+        state = {detection_name(k): v for k, v in backbone.items() if not k.startswith('norm.')}
+        left_out = [name for name in backbone if name.startswith('norm.')]
+        return dict(state_dict=state), arch, module_names([*left_out, *outside])
+
+    head = {
+        name.replace('head.fc.', 'head.', 1): tensor
+        for name, tensor in outside.items()
+        if name.startswith('head.fc.')
+    }
+    left_out = [name for name in outside if not name.startswith('head.fc.')]
+    return dict(model={**backbone, **head}), arch, module_names(left_out)
+
+
+def main() -> None:
+    """Convert the checkpoint and say what it holds."""
+    args = parse_args()
+    checkpoint, arch, left_out = convert(args.src, args.naming)
+    Path(args.dst).parent.mkdir(parents=True, exist_ok=True)
+    torch.save(checkpoint, args.dst)
+    (weights,) = checkpoint.values()
+    print(
+        f'{args.dst}: {args.naming} naming, arch {arch!r}, {len(weights)} tensors'
+        + (f'; left out: {", ".join(left_out)}' if left_out else '')
+    )
+
+
+if __name__ == '__main__':
+    cli.run(main)

@@ -1,0 +1,92 @@
+# Copyright (c) mmscalablevit contributors. All rights reserved.
+"""Convert a checkpoint of the authors' code to one of the OpenMMLab toolboxes."""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from mmscalablevit import ScalableViT
+from mmscalablevit.engine import CheckpointError, cli
+from mmscalablevit.models.checkpoint import (
+    module_names,
+    read_weights,
+    recognize,
+    split_backbone,
+)
+
+# The 4096-wide head of the released models, and the plain one.
+HEADS = (
+    {f'head.{layer}.{kind}' for layer in (0, 1, 3) for kind in ('weight', 'bias')},
+    {'head.weight', 'head.bias'},
+)
+
+
+def parse_args() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description="Convert a checkpoint of the authors' code, in the naming of their "
+        'classification or of their detection code, to one of the OpenMMLab toolboxes.',
+        epilog='example: python tools/model_converters/scalablevit_to_mm.py checkpoint_best.pth '
+        'scalablevit-s.pth --task backbone',
+    )
+    parser.add_argument('src', help="checkpoint of the authors' code")
+    parser.add_argument('dst', help='where the converted checkpoint is written')
+    parser.add_argument(
+        '--task',
+        choices=['backbone', 'classifier'],
+        default='backbone',
+        help='backbone: the bare backbone, for init_cfg (default); classifier: backbone and head, '
+        'for the configs in configs/classification',
+    )
+    return parser.parse_args()
+
+
+def convert(src: str, task: str) -> tuple[dict, list[str]]:
+    """Convert a checkpoint.
+
+    Args:
+        src (str): The file.
+        task (str): 'backbone' or 'classifier'.
+
+    Returns:
+        tuple[dict, list[str]]: The checkpoint to save, and the modules that were left out.
+
+    Raises:
+        CheckpointError: If the file is not a whole backbone or classifier.
+    """
+    inside, outside = split_backbone(read_weights(src), src)
+    head = [name for name in inside if name.startswith('head.')]
+    backbone = {name: tensor for name, tensor in inside.items() if name not in head}
+    arch = recognize(ScalableViT, backbone, src)
+    if task == 'backbone':
+        return dict(meta=dict(arch=arch), state_dict=backbone), module_names([*head, *outside])
+
+    parts = {name.split('.')[0] for name in backbone}
+    if outside or set(head) not in HEADS or 'norm' not in parts or 'norm_list' in parts:
+        raise CheckpointError(
+            f'checkpoint {src} is no released classifier (norm and head, no norm_list, nothing '
+            f'else), it holds {", ".join(module_names([*inside, *outside]))}; try --task backbone'
+        )
+    state = {
+        name.replace('head.', 'head.fc.', 1) if name in head else f'backbone.{name}': tensor
+        for name, tensor in inside.items()
+    }
+    return dict(meta=dict(arch=arch), state_dict=state), []
+
+
+def main() -> None:
+    """Convert the checkpoint and say what it holds."""
+    args = parse_args()
+    checkpoint, left_out = convert(args.src, args.task)
+    Path(args.dst).parent.mkdir(parents=True, exist_ok=True)
+    torch.save(checkpoint, args.dst)
+    print(
+        f'{args.dst}: {args.task} of arch {checkpoint["meta"]["arch"]!r}, '
+        f'{len(checkpoint["state_dict"])} tensors'
+        + (f'; left out: {", ".join(left_out)}' if left_out else '')
+    )
+
+
+if __name__ == '__main__':
+    cli.run(main)
