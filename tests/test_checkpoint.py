@@ -1,6 +1,7 @@
 # Copyright (c) mmscalablevit contributors. All rights reserved.
 """Checkpoints of every layout, loaded strictly; what is refused, and with which words."""
 
+import argparse
 import functools
 import http.server
 import threading
@@ -110,6 +111,9 @@ WRAPPERS = {
     'state_dict': lambda state: dict(state_dict=state, meta=dict(epoch=3)),
     'model_ema': lambda state: dict(model_ema=state),
     'distributed': lambda state: dict(model={f'module.{k}': v for k, v in state.items()}),
+    'with the arguments of the training': lambda state: dict(
+        model=state, args=argparse.Namespace(lr=5e-4, output_dir='runs'), epoch=299
+    ),
     'model before its average': lambda state: dict(
         model_ema={k: v + 1 for k, v in state.items()}, model=state
     ),

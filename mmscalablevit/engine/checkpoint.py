@@ -1,6 +1,7 @@
 # Copyright (c) mmscalablevit contributors. All rights reserved.
 """Reading checkpoints without running the code that a pickle may carry."""
 
+import argparse
 import contextlib
 import functools
 import os.path as osp
@@ -23,7 +24,8 @@ def read_checkpoint(filename: str, map_location: str | torch.device | None = Non
     """Read a local checkpoint with ``weights_only=True``.
 
     Besides tensors and plain containers, only what mmengine's runner writes into its own
-    checkpoints is let through: numpy numbers and arrays, and the history of the logged scalars.
+    checkpoints is let through, numpy numbers and arrays and the history of the logged scalars, and
+    the plain namespace of arguments that the authors' training script adds.
 
     Args:
         filename (str): The file.
@@ -85,7 +87,7 @@ def _reason(error: Exception) -> str:
         return (
             f'holds pickled Python code ({forbidden[1]}) and is refused; if you trust it, load it '
             'yourself and save its weights alone: '
-            "torch.save(dict(state_dict=checkpoint['state_dict']), FILE)"
+            'torch.save(dict(state_dict=WEIGHTS), FILE)'
         )
     message = str(error).split('WeightsUnpickler error: ')[-1]
     return textwrap.shorten(
@@ -112,7 +114,14 @@ def _mmengine_globals() -> Iterator[None]:
 @functools.cache
 def _allowed() -> list[Callable]:
     codes = np.typecodes['AllInteger'] + np.typecodes['AllFloat'] + '?'
-    allowed = [HistoryBuffer, np.ndarray, np.dtype, *{type(np.dtype(code)) for code in codes}]
+    # The authors' training script keeps its arguments beside the weights.
+    allowed = [
+        argparse.Namespace,
+        HistoryBuffer,
+        np.ndarray,
+        np.dtype,
+        *{type(np.dtype(code)) for code in codes},
+    ]
     allowed.append(_named(_statistics_method, 'builtins.getattr'))
     # numpy 1 and 2 write different module names for the same two functions.
     for function in (np.zeros(1).__reduce__()[0], np.float64(0).__reduce__()[0]):

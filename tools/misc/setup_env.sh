@@ -35,7 +35,7 @@ python=$env_dir/bin/python
 
 if has torch; then
     say "Keeping torch $("$python" -c 'import torch; print(torch.__version__)')"
-    has torch && ! "$python" -m pip show --quiet torchvision 2> /dev/null && missing_vision=1
+    "$python" -m pip show --quiet torchvision 2> /dev/null || missing_vision=1
 else
     say "Installing $*"
     pip_install "$@"
@@ -56,7 +56,7 @@ pip_install --constraint "$constraints" "$MMENGINE"
 
 build_mmcv() {
     command -v c++ > /dev/null || fail 'No C++ compiler found; on Debian and Ubuntu: apt-get install g++ python3-dev'
-    say "Compiling mmcv's operators: 10 to 20 minutes on 2 cores, once; pip keeps the result"
+    say "Compiling mmcv's operators: 10 to 20 minutes on 2 cores, unless pip kept them from an earlier time"
     local log=$env_dir/mmcv-build.log
     # --no-build-isolation: an isolated build has no torch, and then leaves the operators out silently.
     if ! "$python" -m pip install --verbose --disable-pip-version-check --no-build-isolation \
