@@ -26,6 +26,7 @@ CONFIGS = sorted(
     for folder in FOLDERS
     for path in (ROOT / 'configs' / folder).glob('*.py')
 )
+DEMO = sorted(f'demo/{path.name}' for path in (ROOT / 'configs' / 'demo').glob('*.py'))
 DETECTION = [name for name in CONFIGS if name.startswith('detection')]
 SEGMENTATION = [name for name in CONFIGS if name.startswith('segmentation')]
 
@@ -82,12 +83,20 @@ def build(cfg, seed=0):
     return model
 
 
+def num_classes(model_cfg):
+    head = (
+        model_cfg.get('decode_head') or model_cfg.get('bbox_head') or model_cfg.roi_head.bbox_head
+    )
+    return head.num_classes
+
+
 def batch_of(cfg, size=64):
+    classes = num_classes(cfg.model)
     if cfg.default_scope == 'mmdet':
         from mmdet.testing import demo_mm_inputs
 
         return demo_mm_inputs(
-            2, (3, size, size + 16), num_items=[3, 2], num_classes=80, with_mask=True
+            2, (3, size, size + 16), num_items=[3, 2], num_classes=classes, with_mask=True
         )
     from mmengine.structures import PixelData
     from mmseg.structures import SegDataSample
@@ -95,7 +104,7 @@ def batch_of(cfg, size=64):
     rng = np.random.default_rng(0)
     samples = []
     for _ in range(2):
-        labels = torch.from_numpy(rng.integers(0, 150, (1, size, size)))
+        labels = torch.from_numpy(rng.integers(0, classes, (1, size, size)))
         sample = SegDataSample(
             gt_sem_seg=PixelData(data=labels),
             metainfo=dict(img_shape=(size, size), ori_shape=(size, size)),
@@ -121,7 +130,7 @@ def trained(name):
     return model, wrapper, log, before, gradients
 
 
-@pytest.mark.parametrize('name', CONFIGS)
+@pytest.mark.parametrize('name', [*CONFIGS, *DEMO])
 def test_loss_and_step(name):
     model, _, log, before, gradients = trained(name)
 
@@ -135,16 +144,17 @@ def test_loss_and_step(name):
     assert any(not key.startswith('backbone.') for key in moved)
 
 
-@pytest.mark.parametrize('name', CONFIGS)
+@pytest.mark.parametrize('name', [*CONFIGS, *DEMO])
 def test_predicts(name):
+    cfg = shallow(load(name))
     model = trained(name)[0].eval()
-    data = batch_of(shallow(load(name)))
+    data = batch_of(cfg)
     with torch.no_grad():
         results = model.test_step(data)
 
     assert len(results) == 2
     for result in results:
-        if name in DETECTION:
+        if cfg.default_scope == 'mmdet':
             width = result.ori_shape[1]
             boxes = result.pred_instances.bboxes
             assert boxes.shape[1:] == (4,)
@@ -152,7 +162,7 @@ def test_predicts(name):
             assert ('masks' in result.pred_instances) == ('mask-rcnn' in name)
         else:
             assert result.pred_sem_seg.data.shape == (1, 64, 64)
-            assert result.seg_logits.data.shape == (150, 64, 64)
+            assert result.seg_logits.data.shape == (num_classes(cfg.model), 64, 64)
 
 
 @pytest.mark.parametrize('name', CONFIGS)
