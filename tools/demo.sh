@@ -28,10 +28,10 @@ train() {
     mkdir -p "$dir"
     local resume=()
     [[ -f $dir/last_checkpoint ]] && resume=(--resume)
-    if ! "$PYTHON" tools/train.py "$config" --work-dir "$dir" "${resume[@]}" 2>&1 |
+    if ! "$PYTHON" tools/train.py "$config" --work-dir "$dir" ${resume[@]+"${resume[@]}"} 2>&1 |
         tee "$dir/output.log" |
         { grep --line-buffered -E 'Iter\(train\)|Iter\(val\).*(mIoU|mAP)|resumed from|^error' || true; } |
-        sed -u -E "s/^.*(Iter\(|resumed|error)/[$name] \1/; s/(base_lr|lr|data_time|memory|grad_norm): [^ ]+  //g"; then
+        sed -u -E "s/^.*(Iter\(|resumed|error)/[$name] \1/; s/(base_lr|lr|data_time|memory|grad_norm): [^ ]+ +//g"; then
         echo "[$name] training failed, the end of $dir/output.log:" >&2
         tail -n 20 "$dir/output.log" >&2
         return 1
@@ -41,7 +41,7 @@ train() {
 
 "$PYTHON" tools/dataset_converters/shapes.py "$DATA" --num-train 4000 --num-val 100
 echo "Training a detector and a segmenter side by side, about 10 minutes on 2 cores"
-trap 'kill 0' INT TERM
+trap 'trap - INT TERM; kill 0' INT TERM
 train detection configs/demo/mask-rcnn_scalablevit-demo_fpn_shapes.py &
 detection=$!
 train segmentation configs/demo/scalablevit-demo_upernet_shapes-128x128.py &

@@ -19,12 +19,7 @@ model = dict(
     ),
     roi_head=dict(
         bbox_roi_extractor=dict(out_channels=channels, finest_scale=28),
-        bbox_head=dict(
-            in_channels=channels,
-            fc_out_channels=256,
-            num_classes=num_classes,
-            reg_class_agnostic=True,
-        ),
+        bbox_head=dict(in_channels=channels, fc_out_channels=256, num_classes=num_classes),
         mask_roi_extractor=dict(out_channels=channels, finest_scale=28),
         mask_head=dict(
             num_convs=2,
@@ -41,8 +36,8 @@ model = dict(
     test_cfg=dict(rpn=dict(nms_pre=300, max_per_img=100)),
 )
 
-max_iters = 1500
-train_cfg = dict(max_iters=max_iters, val_interval=500)
+max_iters = 1400
+train_cfg = dict(max_iters=max_iters, val_interval=350)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),
     dict(type='CosineAnnealingLR', eta_min=1e-6, by_epoch=False, begin=50, end=max_iters),

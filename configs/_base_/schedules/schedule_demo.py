@@ -10,3 +10,5 @@ optim_wrapper = dict(
     paramwise_cfg=dict(norm_decay_mult=0.0, custom_keys={'pos_block': dict(decay_mult=0.0)}),
     clip_grad=dict(max_norm=1.0),
 )
+# The same order of images and the same initial weights in every run.
+randomness = dict(seed=0)
