@@ -33,7 +33,8 @@ model = dict(
         rpn_proposal=dict(nms_pre=300, max_per_img=100),
         rcnn=dict(sampler=dict(num=32, pos_fraction=0.5)),
     ),
-    test_cfg=dict(rpn=dict(nms_pre=300, max_per_img=100)),
+    # An image holds six shapes at most, and they overlap.
+    test_cfg=dict(rpn=dict(nms_pre=300, max_per_img=30), rcnn=dict(nms=dict(type='soft_nms'))),
 )
 
 max_iters = 1400
