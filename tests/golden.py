@@ -46,3 +46,13 @@ def read_json(name):
 def relative_error(value, golden):
     golden = golden.double()
     return ((value.double() - golden).abs().max() / golden.abs().max()).item()
+
+
+def in_old_names(state):
+    """A state dict in the naming of the authors' detection code."""
+
+    def old(name):
+        parts = ['lepe_func' if part == 'lim_func' else part for part in name.split('.')]
+        return '.'.join(['blocks', *parts[1:]] if parts[0] == 'stages' else parts)
+
+    return {old(name): tensor for name, tensor in state.items()}

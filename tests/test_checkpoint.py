@@ -10,7 +10,14 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 import torch
-from golden import REFERENCE, read_json, reference_input, reference_state, relative_error
+from golden import (
+    REFERENCE,
+    in_old_names,
+    read_json,
+    reference_input,
+    reference_state,
+    relative_error,
+)
 from mmengine.logging import MessageHub
 from mmengine.model import BaseModel, PretrainedInit
 from mmengine.registry import MODELS
@@ -63,14 +70,6 @@ def classifier_weights():
 
 def dense_weights():
     return weights_of(tiny())
-
-
-def in_old_names(state):
-    def old(name):
-        parts = ['lepe_func' if part == 'lim_func' else part for part in name.split('.')]
-        return '.'.join(['blocks', *parts[1:]] if parts[0] == 'stages' else parts)
-
-    return {old(name): tensor for name, tensor in state.items()}
 
 
 @pytest.fixture

@@ -11,7 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden import REFERENCE, read_json, reference_input, reference_state, relative_error
+from golden import (
+    REFERENCE,
+    in_old_names,
+    read_json,
+    reference_input,
+    reference_state,
+    relative_error,
+)
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from safetensors.torch import load_file
@@ -77,14 +84,6 @@ def classifier_weights(head):
     }
     named = {f'head.{name}': shape for name, shape in shapes[head].items()}
     return {**weights_of(stage_norm=None, final_norm=True), **reference_state(named)}
-
-
-def in_old_names(state):
-    def old(name):
-        parts = ['lepe_func' if part == 'lim_func' else part for part in name.split('.')]
-        return '.'.join(['blocks', *parts[1:]] if parts[0] == 'stages' else parts)
-
-    return {old(name): tensor for name, tensor in state.items()}
 
 
 @pytest.fixture
