@@ -1,7 +1,8 @@
 # Copyright (c) mmscalablevit contributors. All rights reserved.
 """ScalableViT backbones for mmdet, mmseg and mmpretrain.
 
-Importing the package registers ``ScalableViT`` in mmengine's root registry, so that
+Importing the package registers ``ScalableViT`` and its engine parts in mmengine's root registries,
+so that
 ``custom_imports = dict(imports=['mmscalablevit'], allow_failed_imports=False)`` in a config is
 all a user of any OpenMMLab toolbox needs.
 """
@@ -13,6 +14,7 @@ check_dependencies()
 # Before any toolbox is imported: mmdet imports mmpretrain, which imports torchvision.
 declare_torchvision_ops()
 
+from .engine import LayerDecayOptimWrapperConstructor  # noqa: E402
 from .models import ScalableViT  # noqa: E402
 
-__all__ = ['ScalableViT', '__version__']
+__all__ = ['LayerDecayOptimWrapperConstructor', 'ScalableViT', '__version__']

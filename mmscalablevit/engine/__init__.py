@@ -1,5 +1,12 @@
 # Copyright (c) mmscalablevit contributors. All rights reserved.
 from .amp import CPUAmpOptimWrapper
 from .checkpoint import CheckpointError, read_checkpoint, use_safe_loader
+from .layer_decay import LayerDecayOptimWrapperConstructor
 
-__all__ = ['CPUAmpOptimWrapper', 'CheckpointError', 'read_checkpoint', 'use_safe_loader']
+__all__ = [
+    'CPUAmpOptimWrapper',
+    'CheckpointError',
+    'LayerDecayOptimWrapperConstructor',
+    'read_checkpoint',
+    'use_safe_loader',
+]

@@ -351,6 +351,51 @@ class ScalableViT(BaseModule):
             modules.append(self.norm)
         return modules
 
+    def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
+        """Depth of a parameter's layer, for layer-wise learning-rate decay.
+
+        Layer 0 is the stem (first patch embedding), then come the blocks of all built stages, and
+        the last layer is what follows the backbone. A later patch embedding and a position encoding
+        count with the first block of their stage, a norm with the block before it.
+
+        Args:
+            param_name (str): Name of the parameter.
+            prefix (str): What the names of this backbone's parameters start with in
+                ``param_name``, such as 'backbone.'. Defaults to ''.
+
+        Returns:
+            tuple[int, int]: The layer, from 0, and the number of layers.
+
+        Raises:
+            ValueError: If the name starts with ``prefix`` and is none of ScalableViT's.
+
+        Example:
+            >>> model = ScalableViT('small')
+            >>> model.get_layer_depth('backbone.stages.1.0.norm1.weight', 'backbone.')
+            (3, 28)
+            >>> model.get_layer_depth('neck.lateral_convs.0.conv.weight', 'backbone.')
+            (27, 28)
+        """
+        depths = [len(stage) for stage in self.stages]
+        num_layers = sum(depths) + 2
+        if not param_name.startswith(prefix):
+            return num_layers - 1, num_layers
+        name = param_name[len(prefix) :]
+        part, _, rest = name.partition('.')
+        if part == 'norm':
+            return num_layers - 2, num_layers
+        if part not in ('patch_embeds', 'pos_block', 'stages', 'norm_list'):
+            raise ValueError(f'param_name {param_name!r} is no parameter of ScalableViT')
+        stage = int(rest.split('.')[0])
+        layer = sum(depths[:stage]) + 1
+        if part == 'stages':
+            layer += int(rest.split('.')[1])
+        elif part == 'norm_list':
+            layer += depths[stage] - 1
+        elif part == 'patch_embeds' and stage == 0:
+            layer = 0
+        return layer, num_layers
+
     def init_weights(self) -> None:
         """Initialize from scratch as released, or from ``init_cfg``.
 

@@ -1,0 +1,156 @@
+# Copyright (c) mmscalablevit contributors. All rights reserved.
+"""Layer-wise learning-rate decay for detectors, segmentors and classifiers."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from numbers import Real
+
+from mmengine.logging import MMLogger, print_log
+from mmengine.optim import DefaultOptimWrapperConstructor
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
+from torch import nn
+
+PREFIX = 'backbone.'
+PARAMWISE_KEYS = {
+    'bias_decay_mult',
+    'bias_lr_mult',
+    'bypass_duplicate',
+    'custom_keys',
+    'dcn_offset_lr_mult',
+    'dwconv_decay_mult',
+    'flat_decay_mult',
+    'layer_decay_rate',
+    'norm_decay_mult',
+}
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
+    """Optimizer settings with a learning rate that falls from the head to the stem.
+
+    On top of what mmengine's default constructor gives a parameter, its learning rate is multiplied
+    by ``layer_decay_rate ** (num_layers - 1 - layer_id)``, where ``(layer_id, num_layers)`` is what
+    ``model.backbone.get_layer_depth(name, 'backbone.')`` returns. ScalableViT and the backbones of
+    mmpretrain have this method. Necks and heads keep the full rate. The rates follow BEiT
+    (https://arxiv.org/abs/2106.08254), fine-tuned for dense prediction.
+
+    Any recipe takes it from the command line::
+
+        --cfg-options optim_wrapper.constructor=LayerDecayOptimWrapperConstructor
+            optim_wrapper.paramwise_cfg.layer_decay_rate=0.9
+
+    Args:
+        optim_wrapper_cfg (dict): Config of the optimizer wrapper; its ``optimizer`` needs ``lr``.
+        paramwise_cfg (dict): ``layer_decay_rate``, a number above 0 and up to 1, where 1 decays
+            nothing; and the options of ``DefaultOptimWrapperConstructor``, which keep their
+            meaning: ``lr_mult`` of ``custom_keys``, for one, multiplies the decayed rate.
+
+    Raises:
+        TypeError: If an argument has the wrong type, or the backbone has no ``get_layer_depth``.
+        ValueError: If ``paramwise_cfg`` has unknown keys or an invalid rate, or ``lr`` is missing.
+
+    Example:
+        >>> from mmengine.model import BaseModel
+        >>> from mmengine.optim import build_optim_wrapper
+        >>> from mmscalablevit import ScalableViT
+        >>> model = BaseModel()
+        >>> model.backbone = ScalableViT('small')
+        >>> wrapper = build_optim_wrapper(model, dict(
+        ...     optimizer=dict(type='AdamW', lr=1e-4, weight_decay=0.05),
+        ...     constructor='LayerDecayOptimWrapperConstructor',
+        ...     paramwise_cfg=dict(layer_decay_rate=0.9, norm_decay_mult=0.0)))
+        >>> sorted({round(group['lr'] / 1e-4, 3) for group in wrapper.optimizer.param_groups})[-3:]
+        [0.729, 0.81, 0.9]
+    """
+
+    def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict | None = None) -> None:
+        super().__init__(optim_wrapper_cfg, paramwise_cfg)
+        unknown = self.paramwise_cfg.keys() - PARAMWISE_KEYS
+        if unknown:
+            raise ValueError(
+                f'paramwise_cfg has unknown keys {sorted(unknown)}; '
+                f'allowed are {sorted(PARAMWISE_KEYS)}'
+            )
+        rate = self.paramwise_cfg.get('layer_decay_rate')
+        if not isinstance(rate, Real) or isinstance(rate, bool):
+            raise TypeError(
+                f'paramwise_cfg.layer_decay_rate must be a number above 0 and up to 1, got {rate!r}'
+            )
+        if not 0 < rate <= 1:
+            raise ValueError(
+                f'paramwise_cfg.layer_decay_rate must be above 0 and up to 1, got {rate}'
+            )
+        if self.base_lr is None:
+            raise ValueError('layer_decay_rate needs optim_wrapper.optimizer.lr, which is missing')
+
+    def add_params(
+        self,
+        params: list[dict],
+        module: nn.Module,
+        prefix: str = '',
+        is_dcn_module: bool | None = None,
+    ) -> None:
+        """Add the parameters of a module to the parameter groups.
+
+        Args:
+            params (list[dict]): The groups, one per parameter; extended in place.
+            module (nn.Module): The module. The model itself, whose prefix is empty, decays.
+            prefix (str): Name of the module in the model. Defaults to ''.
+            is_dcn_module (bool, optional): Whether the parent is a deformable convolution.
+                Defaults to None.
+
+        Raises:
+            TypeError: If the model's backbone has no ``get_layer_depth``.
+        """
+        if prefix:
+            super().add_params(params, module, prefix, is_dcn_module)
+            return
+        backbone = _layered_backbone(module)
+        with _without_paramwise_log():
+            super().add_params(params, module, prefix, is_dcn_module)
+        self._decay(params, module, backbone)
+
+    def _decay(self, params: list[dict], model: nn.Module, backbone: nn.Module) -> None:
+        rate = self.paramwise_cfg['layer_decay_rate']
+        names = {id(param): name for name, param in model.named_parameters()}
+        for group in params:
+            name = names[id(group['params'][0])]
+            layer, num_layers = backbone.get_layer_depth(name, PREFIX)
+            group['lr_scale'] = rate ** (num_layers - 1 - layer)
+            group['lr'] = group.get('lr', self.base_lr) * group['lr_scale']
+        scales = [group['lr_scale'] for group in params]
+        print_log(
+            f'Layer-wise learning-rate decay: rate {rate}, {len(set(scales))} different learning '
+            f'rates in {len(params)} parameters of {type(model).__name__} with '
+            f'{type(backbone).__name__}, from {min(scales, default=1):.3g} to '
+            f'{max(scales, default=1):.3g} of the base rate {self.base_lr}',
+            logger='current',
+        )
+
+
+def _layered_backbone(model: nn.Module) -> nn.Module:
+    backbone = getattr(model, 'backbone', None)
+    if backbone is None:
+        raise TypeError(f'layer-wise learning-rate decay needs {type(model).__name__}.backbone')
+    if not hasattr(backbone, 'get_layer_depth'):
+        raise TypeError(
+            f'backbone {type(backbone).__name__} has no method '
+            'get_layer_depth(param_name, prefix), which layer-wise learning-rate decay needs; '
+            'ScalableViT and most backbones of mmpretrain have it'
+        )
+    return backbone
+
+
+@contextmanager
+def _without_paramwise_log() -> Iterator[None]:
+    # mmengine logs a line for every setting of every parameter, here with rates yet to be decayed.
+    def is_wanted(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith('paramwise_options --')
+
+    logger = MMLogger.get_current_instance()
+    logger.addFilter(is_wanted)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_wanted)
