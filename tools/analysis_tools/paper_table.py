@@ -34,7 +34,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 # Imported before any toolbox: it makes a torchvision without its compiled half importable.
-from mmscalablevit import ScalableViT
 from mmscalablevit.engine import cli
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
@@ -61,7 +60,7 @@ class Task:
 
     Args:
         toolbox (str): The toolbox.
-        config (str): Config of size S.
+        config (str): Config, where a backbone's name goes in.
         size (tuple[int, int]): Height and width of the published input in pixels.
     """
 
@@ -143,49 +142,20 @@ class Row:
 
 
 TASKS = {
-    'ImageNet-1K': Task('mmpretrain', 'classification/scalablevit-s_8xb128_in1k.py', (224, 224)),
-    'RetinaNet': Task('mmdet', 'detection/retinanet_scalablevit-s_fpn_1x_coco.py', (800, 1280)),
-    'Mask R-CNN': Task('mmdet', 'detection/mask-rcnn_scalablevit-s_fpn_1x_coco.py', (800, 1280)),
-    'Semantic FPN': Task(
-        'mmseg', 'segmentation/scalablevit-s_fpn_4xb4-80k_ade20k-512x512.py', (512, 2048)
-    ),
-    'UperNet': Task(
-        'mmseg', 'segmentation/scalablevit-s_upernet_8xb2-160k_ade20k-512x512.py', (512, 2048)
-    ),
+    'ImageNet-1K': Task('mmpretrain', 'classification/{}_8xb128_in1k.py', (224, 224)),
+    'RetinaNet': Task('mmdet', 'detection/retinanet_{}_fpn_1x_coco.py', (800, 1280)),
+    'Mask R-CNN': Task('mmdet', 'detection/mask-rcnn_{}_fpn_1x_coco.py', (800, 1280)),
+    'Semantic FPN': Task('mmseg', 'segmentation/{}_fpn_4xb4-80k_ade20k-512x512.py', (512, 2048)),
+    'UperNet': Task('mmseg', 'segmentation/{}_upernet_8xb2-160k_ade20k-512x512.py', (512, 2048)),
 }
-ARCHS = {'ScalableViT-S': 'small-merged', 'ScalableViT-B': 'base', 'ScalableViT-L': 'large'}
-# Backbones of other papers, by the toolboxes' own classes, and the widths of their stages.
-OTHERS = {
-    'Swin-T': (
-        dict(
-            type='SwinTransformer',
-            embed_dims=96,
-            depths=(2, 2, 6, 2),
-            num_heads=(3, 6, 12, 24),
-            out_indices=(0, 1, 2, 3),
-        ),
-        [96, 192, 384, 768],
-    ),
-    # mmdet has no Twins.
+# By mmpretrain's classes, and the widths of their heads' inputs.
+CLASSIFIERS = {
+    'Swin-T': (dict(type='SwinTransformer', arch='tiny'), 768),
     'Twins-SVT-S': (
         dict(
-            type='mmseg.SVT',
-            embed_dims=[64, 128, 256, 512],
-            depths=[2, 2, 10, 4],
-            num_heads=[2, 4, 8, 16],
-            mlp_ratios=[4, 4, 4, 4],
-            sr_ratios=[8, 4, 2, 1],
-            windiow_sizes=[7, 7, 7, 7],
-            qkv_bias=True,
-            norm_after_stage=True,
+            type='SVT', arch='small', out_indices=(3,), norm_after_stage=[False, False, False, True]
         ),
-        [64, 128, 256, 512],
-    ),
-}
-CLASSIFIERS = {
-    'Swin-T': dict(type='SwinTransformer', arch='tiny'),
-    'Twins-SVT-S': dict(
-        type='SVT', arch='small', out_indices=(3,), norm_after_stage=[False, False, False, True]
+        512,
     ),
 }
 PUBLISHED = (
@@ -251,27 +221,27 @@ def model_config(task: Task, model: str, arch: str | None = None) -> ConfigDict:
     Args:
         task (Task): The table.
         model (str): The backbone.
-        arch (str, optional): Arch in place of the published one. Defaults to None.
+        arch (str, optional): Arch of size S in place of the published one. Defaults to None.
 
     Returns:
-        ConfigDict: The model of size S with this backbone and its widths in neck and heads.
+        ConfigDict: The model of its config. Where there is none, of other papers' backbones: the
+            model of size S with this backbone and its widths.
     """
-    cfg = Config.fromfile(CONFIGS / task.config).model
-    if model in OTHERS:
-        backbone, widths = OTHERS[model]
-        cfg.backbone = CLASSIFIERS[model] if task.toolbox == 'mmpretrain' else backbone
-    else:
-        cfg.backbone.arch = arch or ARCHS[model]
-        widths = list(ScalableViT.arch_zoo[cfg.backbone.arch]['embed_dims'])
+    name = model.lower()
+    path = CONFIGS / task.config.format(name)
+    if path.exists():
+        cfg = Config.fromfile(path).model
+        if model == 'ScalableViT-S':
+            cfg.backbone.arch = arch or 'small-merged'
+        return cfg
+    cfg = Config.fromfile(CONFIGS / task.config.format('scalablevit-s')).model
     if task.toolbox == 'mmpretrain':
-        cfg.head.in_channels = widths[-1]
-        if model in OTHERS:
-            cfg.head.hidden_channels = None
-    elif 'neck' in cfg:
-        cfg.neck.in_channels = widths
-    else:
-        cfg.decode_head.in_channels = widths
-        cfg.auxiliary_head.in_channels = widths[2]
+        cfg.backbone, width = CLASSIFIERS[model]
+        cfg.head.update(in_channels=width, hidden_channels=None)
+        return cfg
+    base = Config.fromfile(CONFIGS / '_base_' / 'backbones' / f'{name}.py')
+    cfg.backbone = base.backbone
+    cfg.neck.in_channels = base.embed_dims
     return cfg
 
 

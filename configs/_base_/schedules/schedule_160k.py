@@ -10,7 +10,15 @@ param_scheduler = [
 optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(type='AdamW', lr=6e-5, betas=(0.9, 0.999), weight_decay=0.01),
-    paramwise_cfg=dict(norm_decay_mult=0.0, custom_keys={'pos_block': dict(decay_mult=0.0)}),
+    # The position encodings of ScalableViT, Twins and Swin.
+    paramwise_cfg=dict(
+        norm_decay_mult=0.0,
+        custom_keys={
+            'pos_block': dict(decay_mult=0.0),
+            'position_encodings': dict(decay_mult=0.0),
+            'relative_position_bias_table': dict(decay_mult=0.0),
+        },
+    ),
 )
 # 8 GPUs x 2 images
 auto_scale_lr = dict(enable=False, base_batch_size=16)

@@ -1,0 +1,13 @@
+# Copyright (c) mmscalablevit contributors. All rights reserved.
+_base_ = [
+    '../_base_/backbones/scalablevit-l.py',
+    '../_base_/models/fpn.py',
+    '../_base_/datasets/ade20k_512x512.py',
+    '../_base_/schedules/schedule_80k.py',
+    '../_base_/default_runtime_seg.py',
+]
+model = dict(
+    data_preprocessor=dict(size=_base_.crop_size),
+    backbone=_base_.backbone,
+    neck=dict(in_channels=_base_.embed_dims),
+)
