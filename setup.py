@@ -8,6 +8,7 @@ from setuptools.command.editable_wheel import editable_wheel
 
 ROOT = Path(__file__).resolve().parent
 MIM_PARTS = ('configs', 'tools', 'model-index.yml')
+NOT_SHIPPED = shutil.ignore_patterns('__pycache__', '*.py[cod]', 'work_dirs')
 
 # mmengine and mmcv are missing here on purpose: two families of distributions ship these import
 # names, and pip would lay one over the other. The package checks them when it is imported.
@@ -38,9 +39,7 @@ class BuildWithMim(build_py):
         shutil.rmtree(target, ignore_errors=True)
         for part in (ROOT / name for name in MIM_PARTS):
             if part.is_dir():
-                shutil.copytree(
-                    part, target / part.name, ignore=shutil.ignore_patterns('__pycache__')
-                )
+                shutil.copytree(part, target / part.name, ignore=NOT_SHIPPED)
             elif part.is_file():
                 target.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(part, target / part.name)
