@@ -1,0 +1,369 @@
+# Copyright (c) mmscalablevit contributors. All rights reserved.
+"""The queue of experiments: what it does next in each state, and true trainings that it runs."""
+
+import argparse
+import fcntl
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from mmengine.config import Config
+
+from mmscalablevit.engine.cli import UserError
+
+ROOT = Path(__file__).parents[1]
+TOOL = ROOT / 'tools' / 'benchmark_all.py'
+SEGMENTOR = ROOT / 'tests' / 'data' / 'tiny_upernet.py'
+# Its training set is COCO's, which is not there.
+WITHOUT_DATA = ROOT / 'tests' / 'data' / 'tiny_retinanet.py'
+UPERNET = 'scalablevit-s_upernet_8xb2-160k_ade20k-512x512'
+
+
+@pytest.fixture
+def tool(monkeypatch):
+    spec = importlib.util.spec_from_file_location('benchmark_all', TOOL)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, 'benchmark_all', module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def arguments(**given):
+    defaults = dict(
+        amp=False, auto_scale_lr=False, cfg_options=None, gpus=1, partition=None, tta=False
+    )
+    return argparse.Namespace(**{**defaults, **given})
+
+
+def names(tool, *chosen):
+    return {experiment.name for experiment in tool.select(list(chosen), Path('w'), {})}
+
+
+def test_selection_by_name_and_glob(tool):
+    configs = ROOT / 'configs'
+    assert names(tool, UPERNET) == {UPERNET}
+    assert names(tool, f'configs/segmentation/{UPERNET}.py') == {UPERNET}
+    retinanets = {path.stem for path in configs.glob('detection/retinanet_*.py')}
+    assert names(tool, 'retinanet_*') == names(tool, 'detection/retinanet_*') == retinanets
+    assert names(tool, 'retinanet_*', 'detection/retina*') == retinanets
+    with pytest.raises(UserError, match=r"matches 'segmentation/retinanet_\*'"):
+        names(tool, 'segmentation/retinanet_*')
+    with pytest.raises(UserError, match='paper, baselines, all'):
+        names(tool, 'papers')
+
+
+def test_own_config(tool, tmp_path):
+    (experiment,) = tool.select([str(SEGMENTOR)], tmp_path, {})
+    assert (experiment.config, experiment.work_dir) == (SEGMENTOR, tmp_path / 'tiny_upernet')
+
+
+def test_groups(tool):
+    paths = [*ROOT.glob('configs/detection/*.py'), *ROOT.glob('configs/segmentation/*.py')]
+    everything = {path.stem for path in paths}
+    assert names(tool, 'all') == everything
+
+    baselines = names(tool, 'baselines')
+    assert {'mask-rcnn_swin-t_fpn_1x_coco', UPERNET.replace('scalablevit-s', 'twins-svt-s')} <= (
+        baselines
+    )
+    assert not any('scalablevit' in name for name in baselines)
+
+    paper = names(tool, 'paper')
+    # RetinaNet and Mask R-CNN, S B L 1x and S B 3x; Semantic FPN and UperNet, S B L.
+    assert len(paper) == 2 * 5 + 2 * 3
+    assert {UPERNET, 'mask-rcnn_scalablevit-s_fpn_1x_coco'} <= paper
+    assert not paper & baselines
+    assert not any('amp' in name for name in paper)
+
+
+def work_dir_at(experiment, checkpoint=None, validated=None, tta=None):
+    """Write what the experiment's training of 4 iterations leaves behind."""
+    folder = experiment.work_dir / '20260101_000000'
+    (folder / 'vis_data').mkdir(parents=True)
+    config = experiment.load()
+    for path in (experiment.work_dir / experiment.config.name, folder / 'vis_data' / 'config.py'):
+        config.dump(path)
+    if checkpoint:
+        # Of another place: the folder was moved.
+        (experiment.work_dir / 'last_checkpoint').write_text(f'/elsewhere/{checkpoint}')
+        (experiment.work_dir / checkpoint).touch()
+    records = [dict(loss=1.0, time=0.1, iter=2, step=2)]
+    if validated:
+        records.append(dict(mIoU=1.0, step=validated))
+    text = '\n'.join(json.dumps(record) for record in records)
+    (folder / 'vis_data' / 'scalars.json').write_text(text)
+    if tta:
+        folder = experiment.work_dir / '20260102_000000'
+        (folder / 'vis_data').mkdir(parents=True)
+        config.model = dict(type='SegTTAModel', module=config.model)
+        config.load_from = str(experiment.work_dir / tta)
+        config.dump(folder / 'vis_data' / 'config.py')
+        (folder / f'{folder.name}.json').write_text(json.dumps(dict(mIoU=1.0)))
+
+
+@pytest.mark.parametrize(
+    ('left', 'tta', 'state', 'words'),
+    [
+        (None, False, 'start', ['train.py', 'tiny_upernet.py', '--work-dir']),
+        (dict(), False, 'start', ['train.py', 'tiny_upernet.py', '--work-dir']),
+        (dict(checkpoint='iter_2.pth'), False, 'resume at iter 2 of 4', ['--resume', 'iter_2.pth']),
+        (dict(checkpoint='iter_4.pth'), False, 'evaluate', ['test.py', 'iter_4.pth']),
+        (dict(checkpoint='iter_4.pth', validated=4), False, 'finished', []),
+        (dict(checkpoint='iter_4.pth', validated=4), True, 'test with --tta', ['test.py', '--tta']),
+        (dict(checkpoint='iter_4.pth', validated=4, tta='iter_4.pth'), True, 'finished', []),
+        (
+            dict(checkpoint='iter_4.pth', validated=4, tta='best_mIoU_iter_2.pth'),
+            True,
+            'test with --tta',
+            ['test.py', '--tta'],
+        ),
+    ],
+)
+def test_what_comes_next(tool, tmp_path, left, tta, state, words):
+    (experiment,) = tool.select([str(SEGMENTOR)], tmp_path, {})
+    if left is not None:
+        work_dir_at(experiment, **left)
+    step = tool.plan(experiment, arguments(tta=tta))
+
+    assert step.state == state
+    found = [Path(word).name for word in step.command]
+    assert [word for word in words if word not in found] == []
+    assert bool(step.command) == bool(words)
+    assert step.trains == ('train.py' in found)
+    assert ('--resume' in found) == state.startswith('resume')
+
+
+def test_longer_training_resumes_a_finished_one(tool, tmp_path):
+    (experiment,) = tool.select([str(SEGMENTOR)], tmp_path, {'train_cfg.max_iters': 8})
+    work_dir_at(experiment, checkpoint='iter_4.pth', validated=4)
+
+    assert tool.plan(experiment, arguments()).state == 'resume at iter 4 of 8'
+
+
+def test_commands(tool, tmp_path):
+    (experiment,) = tool.select([str(SEGMENTOR)], tmp_path, {})
+    options = dict(amp=True, auto_scale_lr=True, cfg_options=['train_dataloader.batch_size=4'])
+    flags = ['--amp', '--auto-scale-lr', '--cfg-options', 'train_dataloader.batch_size=4']
+    tools, config, work_dir = ROOT / 'tools', str(SEGMENTOR), str(tmp_path / 'tiny_upernet')
+
+    one = tool.plan(experiment, arguments(**options))
+    train = [sys.executable, str(tools / 'train.py'), config]
+    assert list(one.command) == [*train, '--work-dir', work_dir, *flags]
+    four = tool.plan(experiment, arguments(**options, gpus=4))
+    train = ['bash', str(tools / 'dist_train.sh'), config, '4']
+    assert list(four.command) == [*train, '--work-dir', work_dir, *flags]
+    slurm = tool.plan(experiment, arguments(**options, gpus=16, partition='gpu'))
+    train = ['bash', str(tools / 'slurm_train.sh'), 'gpu', 'tiny_upernet', config, work_dir]
+    assert list(slurm.command) == [*train, *flags]
+    assert dict(slurm.environment) == {'GPUS': '16'}
+
+    work_dir_at(experiment, checkpoint='iter_4.pth')
+    checkpoint = str(tmp_path / 'tiny_upernet' / 'iter_4.pth')
+    rest = ['--work-dir', work_dir, *flags[2:]]
+    four = tool.plan(experiment, arguments(**options, gpus=4))
+    test = ['bash', str(tools / 'dist_test.sh'), config, checkpoint, '4']
+    assert list(four.command) == [*test, *rest]
+    slurm = tool.plan(experiment, arguments(**options, partition='gpu'))
+    test = ['bash', str(tools / 'slurm_test.sh'), 'gpu', 'tiny_upernet', config, checkpoint]
+    assert list(slurm.command) == [*test, *rest]
+
+
+@pytest.fixture(scope='module')
+def room(tmp_path_factory):
+    """A folder to work in that holds a data set."""
+    folder = tmp_path_factory.mktemp('room')
+    command = [sys.executable, ROOT / 'tools' / 'dataset_converters' / 'shapes.py', 'shapes']
+    sizes = ['--num-train', '8', '--num-val', '4', '--size', '64', '--workers', '1']
+    subprocess.run([*command, *sizes], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+    return folder
+
+
+@pytest.fixture(scope='module')
+def environment(room):
+    return {
+        **os.environ,
+        'PATH': os.pathsep.join([str(Path(sys.executable).parent), os.environ['PATH']]),
+        'PYTHONPATH': str(ROOT),
+        'SHAPES_ROOT': str(room / 'shapes'),
+        'CUDA_VISIBLE_DEVICES': '',
+        'OMP_NUM_THREADS': '1',
+    }
+
+
+def start(room, environment, *words):
+    return subprocess.Popen(
+        [sys.executable, str(TOOL), *(str(word) for word in words)],
+        cwd=room,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def run(room, environment, *words, expect=0):
+    process = start(room, environment, *words)
+    try:
+        output = process.communicate(timeout=600)[0]
+    except BaseException:
+        # By SIGTERM, on which it ends what it has started.
+        process.terminate()
+        raise
+    assert process.returncode == expect, output[-4000:]
+    return output
+
+
+def wait_for(path, process):
+    end = time.time() + 300
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[0][-4000:]
+        assert time.time() < end
+        time.sleep(0.05)
+
+
+def alive(word):
+    """Command lines of running processes with a word in it."""
+    lines = []
+    for path in Path('/proc').glob('[0-9]*/cmdline'):
+        try:
+            lines.append(path.read_text())
+        except OSError:
+            continue
+    return [line for line in lines if word in line]
+
+
+def test_interrupted_training_is_resumed(room, environment):
+    pytest.importorskip('mmseg')
+    work_dir = room / 'cut' / 'tiny_upernet'
+    options = ['--work-root', 'cut', '--cfg-options', 'default_hooks.checkpoint.interval=2']
+    options.append('train_cfg.val_interval=100000')
+    process = start(room, environment, SEGMENTOR, *options, 'train_cfg.max_iters=100000')
+    try:
+        wait_for(work_dir / 'last_checkpoint', process)
+        process.send_signal(signal.SIGINT)
+        output = process.communicate(timeout=120)[0]
+    except BaseException:
+        process.terminate()
+        raise
+
+    assert process.returncode == 130, output
+    assert output.splitlines()[-1].startswith('interrupted')
+    assert alive(f'--work-dir\0{Path("cut") / "tiny_upernet"}') == []
+    reached = int(Path((work_dir / 'last_checkpoint').read_text()).stem.split('_')[1])
+    assert 2 <= reached < 100000
+
+    last = reached + 2
+    listed = run(room, environment, SEGMENTOR, *options, f'train_cfg.max_iters={last}', '--dry-run')
+    assert f'tiny_upernet: resume at iter {reached} of {last}' in listed
+    output = run(room, environment, SEGMENTOR, *options, f'train_cfg.max_iters={last}')
+    logs = sorted(work_dir.glob('*/vis_data/scalars.json'))
+    assert len(logs) == 2
+    records = [json.loads(line) for line in logs[1].read_text().splitlines()]
+    assert [record['iter'] for record in records if 'iter' in record] == [reached + 1, last]
+    assert f'finished, iteration {last}' in output
+    (row,) = json.loads((room / 'cut' / 'benchmark' / 'benchmark.json').read_text())['rows']
+    assert (row['state'], row['last_step']) == ('finished', last)
+    assert row['last'] == records[-1]['mIoU']
+
+    run(room, environment, SEGMENTOR, *options, f'train_cfg.max_iters={last}')
+    assert len(list(work_dir.glob('*/vis_data'))) == 2
+
+
+def test_slurm_and_a_failure(room, environment, tmp_path):
+    """Both experiments go to Slurm at once; one fails, the other is trained and tested."""
+    pytest.importorskip('mmseg')
+    srun = tmp_path / 'srun'
+    srun.write_text(
+        f"""#!/bin/bash
+echo "$@" >> "{tmp_path}/calls"
+while [[ $1 != python ]]; do shift; done
+words=("$@")
+for i in "${{!words[@]}}"; do
+    [[ ${{words[i]}} == slurm ]] && words[i]=none
+done
+exec "${{words[@]}}"
+"""
+    )
+    srun.chmod(0o755)
+    environment = {**environment, 'PATH': os.pathsep.join([str(tmp_path), environment['PATH']])}
+    slurm = ['--work-root', 'slurm', '--partition', 'gpu', '--gpus', '2', '--tta']
+    output = run(room, environment, WITHOUT_DATA, SEGMENTOR, *slurm, expect=1)
+
+    calls = (tmp_path / 'calls').read_text()
+    assert calls.count('--partition=gpu') == 3
+    assert calls.count('--ntasks=2') == 3
+    assert '--job-name=tiny_retinanet' in calls
+    assert 'tiny_retinanet: "start" failed with code 1' in output
+    assert 'data/coco/ does not exist' in output
+    assert output.splitlines()[-1] == 'error: 1 of 2 failed: tiny_retinanet'
+    rows = json.loads((room / 'slurm' / 'benchmark' / 'benchmark.json').read_text())['rows']
+    rows = [row for row in rows if row['experiment'] == 'tiny_upernet']
+    assert [row['metric'] for row in rows] == ['mIoU', 'mIoU(ms+flip)']
+    assert {row['best_step'] for row in rows} == {4}
+
+
+def test_work_dir_in_use(tool, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / 'tiny_upernet'
+    folder.mkdir()
+    monkeypatch.setattr(sys, 'argv', [str(TOOL), str(SEGMENTOR), '--work-root', str(tmp_path)])
+    monkeypatch.setattr(tool.signal, 'signal', lambda *_: None)
+    with open(folder / '.lock', 'w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match='1 of 1 failed: tiny_upernet'):
+            tool.main()
+    assert 'is in use by another benchmark_all.py' in capsys.readouterr().out.replace('\n', ' ')
+
+
+def test_step_without_its_result_is_not_repeated(tool, tmp_path, monkeypatch):
+    queue = tool.Queue(
+        tool.select([str(SEGMENTOR)], tmp_path, {}), arguments(jobs=1), tool.Console()
+    )
+    step = tool.Step('start', ('true',), trains=True)
+    monkeypatch.setattr(tool, 'plan', lambda *_: step)
+    queue.work()
+
+    assert queue.failed == {'tiny_upernet': '"start" ended without its result'}
+
+
+def test_broken_config_fails_alone(tool, tmp_path, capsys):
+    broken = tmp_path / 'broken.py'
+    Config(dict(train_cfg=None)).dump(broken)
+    experiments = tool.select([str(broken), str(SEGMENTOR)], tmp_path, {})
+    tool.show_plan(experiments, arguments(), tool.Console(width=400))
+
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith('broken: error: ')
+    assert lines[1] == 'tiny_upernet: start'
+
+
+@pytest.mark.parametrize(
+    ('words', 'said'),
+    [
+        (['no_such_experiment'], "matches 'no_such_experiment'"),
+        (['all', '--cfg-options', 'nonsense'], '--cfg-options must be KEY=VALUE, got nonsense'),
+        (['all', '--jobs', '2'], '--jobs needs --partition'),
+        (['all', '--gpus', '0'], 'must be at least 1'),
+    ],
+)
+def test_wrong_arguments(tool, monkeypatch, capsys, words, said):
+    monkeypatch.setattr(sys, 'argv', [str(TOOL), *words])
+    with pytest.raises((UserError, SystemExit)) as error:
+        tool.main()
+    assert said in str(error.value) + capsys.readouterr().err
+
+
+def test_help_has_an_example(tool, monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', [str(TOOL), '--help'])
+    with pytest.raises(SystemExit):
+        tool.main()
+    output = ' '.join(capsys.readouterr().out.split())
+    assert 'example: python tools/benchmark_all.py' in output
+    for group in ('paper', 'baselines', 'all'):
+        assert f'{group}: ' in output

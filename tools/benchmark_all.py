@@ -1,0 +1,526 @@
+# Copyright (c) mmscalablevit contributors. All rights reserved.
+"""Train and evaluate a chosen set of experiments: on one machine in turn, or through Slurm.
+
+What is finished is skipped, what was cut off is resumed, the rest is started. The output of each
+experiment goes to ``output.log`` in its work directory. After a failure the next one is taken;
+Ctrl-C stops what runs, and the same command goes on from there.
+"""
+
+import argparse
+import fcntl
+import fnmatch
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from mmengine.config import Config, DictAction
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from mmscalablevit.engine import benchmark, cli
+from mmscalablevit.engine.cli import UserError
+
+TOOLS = Path(__file__).resolve().parent
+CONFIGS = TOOLS.parent / 'configs'
+GROUPS = {
+    'paper': 'every experiment of ScalableViT with a published result',
+    'baselines': 'the same trainings with Swin-T and Twins-SVT-S',
+    'all': 'every config of detection and segmentation',
+}
+# Seconds that processes have to end by themselves before they are killed; torchrun takes 30.
+GRACE = 40
+# Seconds between looks at processes, and at logs for the progress bars.
+POLL, REFRESH = 0.5, 10
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A config and where it is trained.
+
+    Args:
+        config (Path): The config.
+        work_dir (Path): Its work directory.
+        options (dict): Settings that replace those of the config.
+    """
+
+    config: Path
+    work_dir: Path
+    options: dict
+
+    @property
+    def name(self) -> str:
+        """The stem of the config."""
+        return self.config.stem
+
+    def load(self) -> Config:
+        """Read the config and put the options into it."""
+        cfg = Config.fromfile(self.config, import_custom_modules=False)
+        try:
+            cfg.merge_from_dict(self.options)
+        except (TypeError, KeyError, IndexError) as error:
+            raise UserError(f'--cfg-options: {error}') from error
+        return cfg
+
+
+@dataclass(frozen=True)
+class Step:
+    """The next thing to do for an experiment.
+
+    Args:
+        state (str): What it is in, to show.
+        command (tuple[str, ...]): What to run; empty if it is finished.
+        environment (tuple[tuple[str, str], ...]): Variables for the command.
+        trains (bool): Whether the command trains; else it tests.
+    """
+
+    state: str
+    command: tuple[str, ...] = ()
+    environment: tuple[tuple[str, str], ...] = ()
+    trains: bool = False
+
+
+@dataclass
+class Job:
+    """A step that runs.
+
+    Args:
+        experiment (Experiment): The experiment.
+        step (Step): The step.
+        process (subprocess.Popen): The process, leader of a group of its own.
+        lock (IO): Held as long as the experiment is worked on.
+        bar (int): Its progress bar.
+        looked (float): When its log was read last.
+    """
+
+    experiment: Experiment
+    step: Step
+    process: subprocess.Popen
+    lock: IO
+    bar: int
+    looked: float = 0.0
+
+
+def select(chosen: list[str], work_root: Path, options: dict) -> list[Experiment]:
+    """Find the experiments that names, globs and groups stand for.
+
+    Args:
+        chosen (list[str]): Names of configs or globs over them, such as 'mask-rcnn_*_1x_coco', with
+            or without their folder, such as 'segmentation/*upernet*'; keys of ``GROUPS``; or
+            files of other configs.
+        work_root (Path): The folder of the work directories.
+        options (dict): Settings that replace those of the configs.
+
+    Returns:
+        list[Experiment]: The experiments, each once.
+
+    Raises:
+        UserError: If one stands for no config.
+    """
+    paths = [p for p in sorted(CONFIGS.glob('*/*.py')) if p.parent.name != '_base_']
+    found = []
+    for text in chosen:
+        matches = _matching(text, paths)
+        if text in GROUPS:
+            matches = _group(text, paths)
+        elif text.endswith('.py') and Path(text).is_file():
+            matches = [Path(text)]
+        if not matches:
+            raise UserError(
+                f'no config in {CONFIGS} matches {text!r}; give a name or glob such as '
+                f"'mask-rcnn_*_1x_coco' or 'segmentation/*', or a group: {', '.join(GROUPS)}"
+            )
+        found += matches
+    return [Experiment(path, work_root / path.stem, options) for path in dict.fromkeys(found)]
+
+
+def _group(name: str, paths: list[Path]) -> list[Path]:
+    dense = [path for path in paths if path.parent.name in ('detection', 'segmentation')]
+    if name == 'all':
+        return dense
+    if name == 'baselines':
+        return [path for path in dense if 'scalablevit' not in path.stem]
+    models = benchmark.read_published(CONFIGS)
+    return [
+        p for p in dense if 'scalablevit' in p.stem and p.stem in models and models[p.stem].metrics
+    ]
+
+
+def _matching(pattern: str, paths: list[Path]) -> list[Path]:
+    pattern = pattern.removeprefix('configs/').removesuffix('.py')
+    return [
+        path
+        for path in paths
+        if fnmatch.fnmatchcase(path.stem, pattern)
+        or fnmatch.fnmatchcase(f'{path.parent.name}/{path.stem}', pattern)
+    ]
+
+
+def plan(experiment: Experiment, args: argparse.Namespace) -> Step:
+    """Find out what an experiment needs next.
+
+    Args:
+        experiment (Experiment): The experiment.
+        args (argparse.Namespace): The command line.
+
+    Returns:
+        Step: To start or resume its training, to test its last checkpoint where the training ended
+        without an evaluation, to test it with augmentation, or nothing.
+
+    Raises:
+        UserError: If its config or logs cannot be read.
+    """
+    cfg = experiment.load()
+    train_cfg = cfg.get('train_cfg') or {}
+    total = train_cfg.get('max_epochs') or train_cfg.get('max_iters')
+    if not total:
+        raise UserError(f'{experiment.config} has no train_cfg.max_epochs or max_iters')
+    unit = 'epoch' if 'max_epochs' in train_cfg else 'iter'
+    checkpoint, step = benchmark.find_checkpoint(experiment.work_dir) or (None, 0)
+    if checkpoint is None:
+        return _train_step('start', experiment, args)
+    if step < total:
+        state = f'resume at {unit} {step} of {total}'
+        return _train_step(state, experiment, args, '--resume', str(checkpoint))
+
+    run = benchmark.read_run(experiment.work_dir)
+    if step not in run.validations:
+        return _test_step('evaluate', experiment, checkpoint, args)
+    augmented = args.tta and cfg.get('default_scope') == 'mmseg' and 'tta_pipeline' in cfg
+    if augmented and step not in [evaluation.step for evaluation in run.tta]:
+        return _test_step('test with --tta', experiment, checkpoint, args, '--tta')
+    return Step('finished')
+
+
+def _train_step(state: str, experiment: Experiment, args: argparse.Namespace, *more: str) -> Step:
+    flags = ['--amp'] * args.amp + ['--auto-scale-lr'] * args.auto_scale_lr + list(more)
+    config, work_dir = str(experiment.config), str(experiment.work_dir)
+    if args.partition:
+        flags = [args.partition, experiment.name, config, work_dir, *flags]
+        return _step(state, 'slurm_train.sh', flags, args, trains=True)
+    flags = ['--work-dir', work_dir, *flags]
+    if args.gpus > 1:
+        return _step(state, 'dist_train.sh', [config, str(args.gpus), *flags], args, trains=True)
+    return _step(state, 'train.py', [config, *flags], args, trains=True)
+
+
+def _test_step(
+    state: str, experiment: Experiment, checkpoint: Path, args: argparse.Namespace, *more: str
+) -> Step:
+    model = [str(experiment.config), str(checkpoint)]
+    flags = ['--work-dir', str(experiment.work_dir), *more]
+    if args.partition:
+        flags = [args.partition, experiment.name, *model, *flags]
+        return _step(state, 'slurm_test.sh', flags, args)
+    if args.gpus > 1:
+        return _step(state, 'dist_test.sh', [*model, str(args.gpus), *flags], args)
+    return _step(state, 'test.py', [*model, *flags], args)
+
+
+def _step(
+    state: str, tool: str, flags: list[str], args: argparse.Namespace, trains: bool = False
+) -> Step:
+    # An installed package's scripts may not be executable.
+    program = 'bash' if tool.endswith('.sh') else sys.executable
+    options = ['--cfg-options', *args.cfg_options] if args.cfg_options else []
+    environment = (('GPUS', str(args.gpus)),) if args.partition else ()
+    return Step(state, (program, str(TOOLS / tool), *flags, *options), environment, trains)
+
+
+class Queue:
+    """Works through experiments, up to a number of them at a time.
+
+    Args:
+        experiments (list[Experiment]): What to do, in this order.
+        args (argparse.Namespace): The command line.
+        console (Console): Where to say what happens.
+    """
+
+    def __init__(self, experiments: list[Experiment], args: argparse.Namespace, console: Console):
+        self.waiting = list(experiments)
+        self.count = len(experiments)
+        self.args = args
+        self.console = console
+        self.running: list[Job] = []
+        self.failed: dict[str, str] = {}
+        self.progress = Progress(
+            TextColumn('{task.description}'),
+            BarColumn(),
+            TextColumn('{task.fields[text]}'),
+            TimeElapsedColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+
+    def work(self) -> None:
+        """Do everything; failures are kept in ``failed``."""
+        try:
+            with self.progress:
+                while self.waiting or self.running:
+                    while self.waiting and len(self.running) < self.args.jobs:
+                        self._begin(self.waiting.pop(0))
+                    for job in list(self.running):
+                        self._look(job)
+                    time.sleep(POLL if self.running else 0)
+        finally:
+            stop([job.process for job in self.running])
+
+    def _say(self, name: str, text: str) -> None:
+        self.console.print(f'{name}: {text}', markup=False, highlight=False, soft_wrap=True)
+
+    def _begin(self, experiment: Experiment) -> None:
+        experiment.work_dir.mkdir(parents=True, exist_ok=True)
+        lock = open(experiment.work_dir / '.lock', 'w')  # noqa: SIM115
+        try:
+            # The system lets go of it however this process ends.
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            self._fail(experiment, f'{experiment.work_dir} is in use by another benchmark_all.py')
+            return
+        self._start(experiment, lock, before=None)
+
+    def _start(self, experiment: Experiment, lock: IO, before: Step | None) -> None:
+        """Start the next step of an experiment, if there is one."""
+        try:
+            step = plan(experiment, self.args)
+        except UserError as error:
+            self._fail(experiment, str(error))
+            lock.close()
+            return
+        number = self.count - len(self.waiting)
+        if not step.command:
+            self._say(experiment.name, f'finished ({number} of {self.count})')
+            lock.close()
+            return
+        if step == before:
+            self._fail(experiment, f'"{step.state}" ended without its result')
+            lock.close()
+            return
+        self._say(experiment.name, f'{step.state} ({number} of {self.count})')
+        with open(experiment.work_dir / 'output.log', 'ab') as log:
+            process = subprocess.Popen(
+                step.command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **dict(step.environment)},
+                start_new_session=True,
+            )
+        bar = self.progress.add_task(experiment.name, total=None, text=step.state)
+        self.running.append(Job(experiment, step, process, lock, bar))
+
+    def _look(self, job: Job) -> None:
+        """Show how far a job is; once it has ended, go on."""
+        code = job.process.poll()
+        if code is None:
+            if time.time() - job.looked > REFRESH:
+                job.looked = time.time()
+                self._show(job)
+            return
+        self.running.remove(job)
+        self.progress.remove_task(job.bar)
+        if code == 0:
+            self._start(job.experiment, job.lock, before=job.step)
+            return
+        log = job.experiment.work_dir / 'output.log'
+        self._fail(job.experiment, f'"{job.step.state}" failed with code {code}; see {log}')
+        for line in _last_lines(log):
+            self.console.print(f'  {line}', markup=False, highlight=False, soft_wrap=True)
+        job.lock.close()
+
+    def _show(self, job: Job) -> None:
+        try:
+            run = benchmark.read_run(job.experiment.work_dir)
+        except (UserError, OSError):
+            # Just being written.
+            return
+        if run.total and job.step.trains:
+            left = '' if run.hours_left is None else f', {run.hours_left:.1f} h left'
+            text = f'{run.unit} {run.done:.1f} of {run.total}{left}'
+            self.progress.update(job.bar, total=run.total, completed=run.done, text=text)
+
+    def _fail(self, experiment: Experiment, reason: str) -> None:
+        self.failed[experiment.name] = reason
+        self._say(experiment.name, reason)
+
+
+def stop(processes: list[subprocess.Popen]) -> None:
+    """End processes with all that they have started.
+
+    Args:
+        processes (list[subprocess.Popen]): Leaders of groups of their own.
+    """
+    for process in processes:
+        _signal(process, signal.SIGTERM)
+    end = time.time() + GRACE
+    for process in processes:
+        try:
+            process.wait(max(end - time.time(), 0))
+        except subprocess.TimeoutExpired:
+            _signal(process, signal.SIGKILL)
+            process.wait()
+
+
+def _signal(process: subprocess.Popen, number: int) -> None:
+    try:
+        os.killpg(process.pid, number)
+    except ProcessLookupError:
+        return
+
+
+def _last_lines(path: Path, count: int = 3) -> list[str]:
+    lines = path.read_text(encoding='utf-8', errors='replace').splitlines()
+    return [line for line in lines if line.strip()][-count:]
+
+
+def show_plan(experiments: list[Experiment], args: argparse.Namespace, console: Console) -> None:
+    """Print the state of every experiment and the command that comes next.
+
+    Args:
+        experiments (list[Experiment]): The experiments.
+        args (argparse.Namespace): The command line.
+        console (Console): Where to print.
+    """
+    for experiment in experiments:
+        try:
+            step = plan(experiment, args)
+        except UserError as error:
+            step = Step(f'error: {error}')
+        lines = [f'{experiment.name}: {step.state}']
+        if step.command:
+            words = [f'{k}={v}' for k, v in step.environment] + [shlex.join(step.command)]
+            lines.append('    ' + ' '.join(words))
+        for line in lines:
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def report(experiments: list[Experiment], work_root: Path) -> None:
+    """Hold what was trained against the published results.
+
+    Args:
+        experiments (list[Experiment]): The experiments.
+        work_root (Path): The folder of the work directories; the table and the plot go to its
+            folder ``benchmark``.
+
+    Raises:
+        UserError: If that fails.
+    """
+    trained = [str(e.work_dir) for e in experiments if any(e.work_dir.glob('*/vis_data'))]
+    if trained:
+        script = TOOLS / 'analysis_tools' / 'benchmark_results.py'
+        out = ['--out', str(work_root / 'benchmark')]
+        if subprocess.run([sys.executable, str(script), *trained, *out]).returncode:
+            raise UserError('the results could not be reported; see above')
+
+
+def parse_args() -> argparse.Namespace:
+    """Parse the command line."""
+    groups = '; '.join(f'{name}: {text}' for name, text in GROUPS.items())
+    parser = argparse.ArgumentParser(
+        description='Train and evaluate a chosen set of experiments: skip what is finished, resume '
+        'what was cut off, start the rest, and hold the results against the published ones.',
+        epilog="example: python tools/benchmark_all.py 'mask-rcnn_*_1x_coco' "
+        "'segmentation/*upernet*' --gpus 8 --amp --tta",
+    )
+    parser.add_argument(
+        'experiments',
+        nargs='+',
+        metavar='EXPERIMENT',
+        help='names of configs or globs over them, with or without their folder, such as '
+        "'mask-rcnn_*_1x_coco' or 'segmentation/*'; files of your own configs; or groups "
+        f'({groups})',
+    )
+    parser.add_argument(
+        '--work-root', type=Path, default=Path('work_dirs'), help='folder of the work directories'
+    )
+    parser.add_argument('--gpus', type=_positive, default=1, help='GPUs for each experiment')
+    parser.add_argument('--partition', help='train through Slurm, in this partition')
+    parser.add_argument(
+        '--jobs',
+        type=_positive,
+        help='experiments at a time with --partition; by default Slurm is given all at once',
+    )
+    parser.add_argument('--dry-run', action='store_true', help='only list states and commands')
+    parser.add_argument('--amp', action='store_true', help='mixed precision')
+    parser.add_argument(
+        '--auto-scale-lr', action='store_true', help='scale learning rates to the batch size'
+    )
+    parser.add_argument(
+        '--tta', action='store_true', help='test segmentors with multiple scales and flips as well'
+    )
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        metavar='KEY=VALUE',
+        help='settings that replace those of every chosen config',
+    )
+    args = parser.parse_args()
+    if args.jobs and not args.partition:
+        parser.error('--jobs needs --partition: on one machine, experiments run in turn')
+    return args
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f'must be at least 1, got {number}')
+    return number
+
+
+def parse_options(texts: list[str] | None) -> dict:
+    """Read options as ``tools/train.py`` does.
+
+    Args:
+        texts (list[str], optional): Each KEY=VALUE.
+
+    Returns:
+        dict: The options.
+
+    Raises:
+        UserError: If one cannot be read.
+    """
+    parser = argparse.ArgumentParser()
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={})
+    try:
+        return parser.parse_args(['--cfg-options', *texts] if texts else []).cfg_options
+    except (ValueError, AssertionError, RecursionError) as error:
+        raise UserError(f'--cfg-options must be KEY=VALUE, got {" ".join(texts)}') from error
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """Work through the experiments."""
+    args = parse_args()
+    experiments = select(args.experiments, args.work_root, parse_options(args.cfg_options))
+    console = Console()
+    if args.dry_run:
+        show_plan(experiments, args, console)
+        return
+    args.jobs = (args.jobs or len(experiments)) if args.partition else 1
+    # SIGINT too, which shells have background jobs ignore.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
+    queue = Queue(experiments, args, console)
+    try:
+        queue.work()
+    except KeyboardInterrupt:
+        print('interrupted; the same command goes on from the last checkpoints', file=sys.stderr)
+        sys.exit(130)
+    report(experiments, args.work_root)
+    if queue.failed:
+        raise UserError(
+            f'{len(queue.failed)} of {len(experiments)} failed: {", ".join(queue.failed)}'
+        )
+
+
+if __name__ == '__main__':
+    cli.run(main)
