@@ -15,7 +15,9 @@ from collections.abc import Callable, Iterator
 import torch
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.device import get_device
+from mmengine.hooks import Hook
 from mmengine.logging import print_log
+from mmengine.model import is_model_wrapper
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
@@ -199,7 +201,8 @@ def build_runner(cfg: Config, loops: tuple[str, ...], strict: bool) -> Runner:
         cfg (Config): The config.
         loops (tuple[str, ...]): Loops to build at once, for errors of their config to show here:
             of 'train_loop', 'val_loop' and 'test_loop'.
-        strict (bool): Whether a checkpoint must hold exactly the model's parameters.
+        strict (bool): Whether a checkpoint must hold exactly the model's parameters. Else layers
+            of ``load_from`` that were trained for another number of classes start anew.
 
     Returns:
         Runner: The runner.
@@ -224,8 +227,10 @@ def build_runner(cfg: Config, loops: tuple[str, ...], strict: bool) -> Runner:
         raise UserError(
             f'config {cfg.filename} cannot be built: {type(error).__name__}: {error}'
         ) from error
-    if strict:
+    if strict or cfg.get('load_from'):
         _load_strictly(runner)
+    if not strict:
+        runner.register_hook(_NewClassesHook())
     return runner
 
 
@@ -318,7 +323,32 @@ def _load_strictly(runner: Runner) -> None:
             lines = [line for line in str(error).splitlines()[1:] if line.strip()]
             found = '; '.join(textwrap.shorten(line, 120, placeholder=' ...') for line in lines[:3])
             raise CheckpointError(
-                f'checkpoint {filename} does not fit the model of {runner.cfg.filename}: {found}'
+                f'checkpoint {filename} does not fit the model of {runner.cfg.filename}: {found} '
+                '(weights of the backbone alone belong to model.backbone.init_cfg)'
             ) from error
 
     runner.load_checkpoint = load
+
+
+class _NewClassesHook(Hook):
+    """Keeps the model's own weights where ``load_from`` has those of another number of classes."""
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        weights = checkpoint.get('state_dict', checkpoint)
+        # The classes are the outputs of a layer, and no layer of the backbone depends on them.
+        kept = {
+            key: value
+            for key, value in model.state_dict().items()
+            if key in weights
+            and not key.startswith('backbone.')
+            and weights[key].shape != value.shape
+            and weights[key].shape[1:] == value.shape[1:]
+        }
+        weights.update(kept)
+        if kept:
+            print_log(
+                'Layers of another number of classes start anew: ' + ', '.join(kept),
+                logger='current',
+                level=logging.WARNING,
+            )

@@ -1,0 +1,289 @@
+# Copyright (c) mmscalablevit contributors. All rights reserved.
+"""The page on own data sets: its files and commands, in their order, on a few small images."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / 'docs' / 'custom_dataset.md'
+BLOCK = re.compile(r'<!-- tested: (\w+) ?(\S*) -->\n```\w+\n(.*?)```', re.DOTALL)
+# For speed: small images, few iterations and proposals, no optimizer in the checkpoints.
+LOADERS = [
+    f'{loader}_dataloader.{setting}'
+    for loader in ('train', 'val', 'test')
+    for setting in ('num_workers=0', 'persistent_workers=False')
+]
+SHORT = [
+    *LOADERS,
+    'default_hooks.logger.interval=1',
+    'default_hooks.checkpoint.save_optimizer=False',
+]
+SMALL_IMAGES = [
+    'train_dataloader.dataset.pipeline.2.scale=(64,64)',
+    'val_dataloader.dataset.pipeline.1.scale=(64,64)',
+    'test_dataloader.dataset.pipeline.1.scale=(64,64)',
+]
+DETECTION = [*SHORT, *SMALL_IMAGES, 'train_cfg.max_epochs=1']
+TEST_SMALL = [*LOADERS, SMALL_IMAGES[2]]
+FEW_PROPOSALS = [
+    'model.train_cfg.rcnn.sampler.num=16',
+    'model.test_cfg.rpn.max_per_img=10',
+    'model.test_cfg.rcnn.score_thr=0.0',
+]
+OPTIONS = {
+    ('train.py', 'my_mask-rcnn.py'): [*DETECTION, *FEW_PROPOSALS],
+    ('train.py', 'my_retinanet.py'): [
+        *DETECTION,
+        'model.test_cfg.nms_pre=20',
+        'model.test_cfg.score_thr=0.0',
+    ],
+    ('train.py', 'my_upernet.py'): [
+        *SHORT,
+        *SMALL_IMAGES,
+        'train_dataloader.dataset.pipeline.3.crop_size=(64,64)',
+        'model.data_preprocessor.size=(64,64)',
+        'train_cfg.max_iters=2',
+        'train_cfg.val_interval=2',
+        'default_hooks.checkpoint.interval=2',
+    ],
+    ('test.py', 'my_mask-rcnn.py'): [*TEST_SMALL, *FEW_PROPOSALS[1:]],
+    ('test.py', 'my_upernet.py'): TEST_SMALL,
+}
+SHORTER = {'epoch_24': 'epoch_1', 'iter_20000': 'iter_2'}
+NUM_TRAIN, NUM_VAL = 4, 2
+# One process imports the toolboxes; each command is a fork of it.
+DRIVER = """
+import json, os, runpy, sys
+import mmscalablevit, mmdet.apis, mmseg.apis
+for command in json.load(sys.stdin):
+    sys.stdout.flush()
+    pid = os.fork()
+    if not pid:
+        sys.argv = command
+        print('>>>', *command, flush=True)
+        runpy.run_path(command[0], run_name='__main__')
+        sys.exit()
+    if os.waitpid(pid, 0)[1]:
+        sys.exit(f'{command} failed')
+"""
+
+
+def blocks(*kinds):
+    """The marked blocks of the page: kind, file name, text."""
+    found = BLOCK.findall(PAGE.read_text())
+    return [block for block in found if block[0] in kinds]
+
+
+def shortened(text):
+    for long, short in SHORTER.items():
+        text = text.replace(long, short)
+    return text
+
+
+def commands(folder, tools):
+    """Every command of the page as a list of arguments, with what makes it short."""
+    for number, (kind, _, text) in enumerate(blocks('commands', 'python')):
+        if kind == 'python':
+            script = folder / f'block{number}.py'
+            script.write_text(shortened(text))
+            yield [str(script)]
+            continue
+        for line in shortened(text).replace('\\\n', ' ').splitlines():
+            python, tool, *arguments = shlex.split(line.replace('$TOOLS', shlex.quote(tools)))
+            assert python == 'python'
+            name = Path(tool).name
+            if name == 'shapes.py':
+                sizes = ['--num-train', NUM_TRAIN, '--num-val', NUM_VAL, '--size', 64]
+                arguments += [*map(str, sizes), '--workers', '1']
+            elif name in ('train.py', 'test.py'):
+                arguments += ['--cfg-options', *OPTIONS[name, arguments[0]]]
+            yield [tool, *arguments]
+
+
+@pytest.fixture(scope='module')
+def page(tmp_path_factory):
+    """The folder where the whole page was run, and what it printed command by command."""
+    folder = tmp_path_factory.mktemp('page')
+    environment = {
+        **os.environ,
+        'PATH': os.pathsep.join([str(Path(sys.executable).parent), os.environ['PATH']]),
+        'PYTHONPATH': str(ROOT),
+        'CUDA_VISIBLE_DEVICES': '',
+        'OMP_NUM_THREADS': '1',
+    }
+    shell = ''.join(text for _, _, text in blocks('shell'))
+    tools = subprocess.run(
+        ['bash', '-c', f'{shell}echo -n "$TOOLS"'],
+        env=environment,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    for _, name, text in blocks('file'):
+        (folder / name).write_text(text)
+    # What the page calls a Mask R-CNN trained on COCO.
+    coco = Config.fromfile(ROOT / 'configs/detection/mask-rcnn_scalablevit-s_fpn_1x_coco.py')
+    init_default_scope('mmdet')
+    torch.save(
+        dict(state_dict=MODELS.build(coco.model).state_dict()), folder / 'mask-rcnn_coco.pth'
+    )
+    process = subprocess.run(
+        [sys.executable, '-c', DRIVER],
+        input=json.dumps(list(commands(folder, tools))),
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=900,
+    )
+    assert process.returncode == 0, process.stdout[-4000:]
+    return folder, re.split(r'^>>> ', process.stdout, flags=re.MULTILINE)[1:]
+
+
+def output(page, *parts):
+    """What the first command with all these words printed."""
+    return next(text for text in page[1] if all(part in text.splitlines()[0] for part in parts))
+
+
+def scalars(work_dir):
+    newest = sorted(work_dir.glob('*/vis_data/scalars.json'))[-1]
+    return [json.loads(line) for line in newest.read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ('config', 'summary'),
+    [
+        ('my_mask-rcnn.py', f'CocoDataset in data/shapes/: {NUM_TRAIN} images'),
+        ('my_retinanet.py', f'CocoDataset in data/shapes/: {NUM_TRAIN} images'),
+        ('my_upernet.py', f'BaseSegDataset in data/shapes: {NUM_TRAIN} images with masks'),
+    ],
+)
+def test_the_data_are_found_sound(config, summary, page):
+    said = output(page, 'check_data.py', config)
+
+    assert f'train_dataloader: {summary}' in said
+    assert 'No errors found' in said
+
+
+@pytest.mark.parametrize('name', ['my_mask-rcnn', 'my_retinanet'])
+def test_detectors_train(name, page):
+    lines = scalars(page[0] / 'work_dirs' / name)
+    losses = [line['loss'] for line in lines if 'loss' in line]
+
+    assert len(losses) == NUM_TRAIN / 2
+    assert np.isfinite(losses).all()
+    assert {'coco/bbox_mAP', 'coco/bbox_mAP_50'} <= lines[-1].keys()
+    assert ('coco/segm_mAP' in lines[-1]) == (name == 'my_mask-rcnn')
+
+
+def test_learning_rate_is_scaled_to_two_images(page):
+    rates = [line['lr'] for line in scalars(page[0] / 'work_dirs' / 'my_mask-rcnn') if 'lr' in line]
+
+    # The page's warm-up of 200 iterations, towards the 1.25e-5 that it names.
+    assert rates == pytest.approx(list(1.25e-5 * np.linspace(0.001, 1, 200)[: len(rates)]))
+
+
+def test_pictures_are_drawn(page):
+    assert len(list((page[0] / 'pictures').iterdir())) == NUM_VAL
+    assert len(list((page[0] / 'seg_pictures').rglob('*.png'))) == NUM_VAL
+
+
+def test_fine_tuning_starts_from_the_detector(page):
+    said = output(page, 'train.py', 'load_from=mask-rcnn_coco.pth')
+    anew = [
+        f'roi_head.{layer}.{part}'
+        for layer in ('bbox_head.fc_cls', 'bbox_head.fc_reg', 'mask_head.conv_logits')
+        for part in ('weight', 'bias')
+    ]
+
+    assert f'Layers of another number of classes start anew: {", ".join(anew)}\n' in said
+    given = torch.load(page[0] / 'mask-rcnn_coco.pth')['state_dict']
+    tuned = torch.load(page[0] / 'work_dirs/fine-tuned/epoch_1.pth', weights_only=False)
+    tuned = tuned['state_dict']
+    assert given.keys() == tuned.keys()
+    # The first steps of the warm-up are tiny.
+    for key, value in tuned.items():
+        if key in anew:
+            assert len(value) < len(given[key])
+        else:
+            torch.testing.assert_close(value, given[key], rtol=0, atol=1e-5, msg=key)
+
+
+def test_segmentor_trains_and_predicts(page):
+    lines = scalars(page[0] / 'work_dirs' / 'my_upernet')
+
+    assert [line['step'] for line in lines if 'loss' in line] == [1, 2]
+    assert 0 <= lines[-1]['mIoU'] <= 100
+    maps = [cv2.imread(str(path), -1) for path in sorted((page[0] / 'label_maps').iterdir())]
+    assert [image.shape for image in maps] == [(64, 64)] * NUM_VAL
+    # The files' own numbering, from 1.
+    assert min(image.min() for image in maps) >= 1
+
+
+def test_predictions_on_an_image(page):
+    assert "dict_keys(['labels', 'scores', 'bboxes', 'masks'])" in output(page, 'block', '.py')
+    assert '(64, 64)' in page[1][-1]
+    assert list((page[0] / 'predicted' / 'vis').glob('*.jpg'))
+    assert list((page[0] / 'predicted_maps').rglob('*.png'))
+
+
+def load_from(checkpoint, tmp_path, name='tiny_retinanet.py'):
+    """Start a runner's training state from a checkpoint."""
+    from mmscalablevit.engine import cli
+
+    cfg = Config.fromfile(ROOT / 'tests' / 'data' / name)
+    cfg.work_dir, cfg.launcher, cfg.load_from = str(tmp_path / 'work'), 'none', str(checkpoint)
+    init_default_scope('mmdet')
+    runner = cli.build_runner(cfg, (), strict=False)
+    runner.load_or_resume()
+    return runner.model
+
+
+@pytest.fixture
+def weights():
+    cfg = Config.fromfile(ROOT / 'tests' / 'data' / 'tiny_retinanet.py')
+    init_default_scope('mmdet')
+    return MODELS.build(cfg.model).state_dict()
+
+
+def test_load_from_takes_everything_that_fits(weights, tmp_path):
+    weights['bbox_head.retina_cls.weight'] = torch.zeros(9 * 80, 16, 3, 3)
+    weights['bbox_head.retina_cls.bias'] = torch.zeros(9 * 80)
+    torch.save(dict(state_dict=weights), tmp_path / 'weights.pth')
+    state = load_from(tmp_path / 'weights.pth', tmp_path).state_dict()
+
+    assert state['bbox_head.retina_cls.weight'].shape == (9 * 4, 16, 3, 3)
+    for key, value in weights.items():
+        assert 'retina_cls' in key or torch.equal(state[key], value)
+
+
+def test_load_from_refuses_what_does_not_fit(weights, tmp_path):
+    from mmscalablevit.engine.checkpoint import CheckpointError
+
+    changes = {
+        'backbone.patch_embeds.0.proj.weight': torch.zeros(8, 3, 7, 7),
+        'neck.lateral_convs.0.conv.weight': torch.zeros(16, 8, 1, 1),
+        'bbox_head.new_layer.weight': torch.zeros(1),
+    }
+    for key, value in changes.items():
+        torch.save(dict(state_dict={**weights, key: value}), tmp_path / 'weights.pth')
+        with pytest.raises(CheckpointError, match=key):
+            load_from(tmp_path / 'weights.pth', tmp_path)
+    backbone = {key[9:]: value for key, value in weights.items() if key.startswith('backbone.')}
+    torch.save(dict(state_dict=backbone), tmp_path / 'weights.pth')
+    with pytest.raises(CheckpointError, match=r'belong to model\.backbone\.init_cfg'):
+        load_from(tmp_path / 'weights.pth', tmp_path)
