@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .embedding import conv_channels_last
+from .linear import Linear
 
 
 class ScalableSelfAttention(nn.Module):
@@ -52,7 +53,7 @@ class ScalableSelfAttention(nn.Module):
         scaled_dims = int(embed_dims * c_ratio) if sr_ratio > 1 else embed_dims
         merged = sr_ratio == 1 or kv == 'merged'
         self.value_dims = scaled_dims if merged else embed_dims
-        self.q = nn.Linear(embed_dims, scaled_dims)
+        self.q = Linear(embed_dims, scaled_dims)
         if sr_ratio > 1:
             self.reduction = nn.Sequential(
                 nn.Conv2d(embed_dims, embed_dims, sr_ratio, sr_ratio, groups=embed_dims),
@@ -60,11 +61,11 @@ class ScalableSelfAttention(nn.Module):
             )
             self.norm_act = nn.Sequential(nn.LayerNorm(scaled_dims, eps=1e-5), nn.GELU())
         if merged:
-            self.kv = nn.Linear(scaled_dims, 2 * scaled_dims)
+            self.kv = Linear(scaled_dims, 2 * scaled_dims)
         else:
-            self.k = nn.Linear(scaled_dims, scaled_dims)
-            self.v = nn.Linear(scaled_dims, embed_dims)
-        self.proj = nn.Linear(self.value_dims, embed_dims)
+            self.k = Linear(scaled_dims, scaled_dims)
+            self.v = Linear(scaled_dims, embed_dims)
+        self.proj = Linear(self.value_dims, embed_dims)
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend from every position of a map to its reduced copy.
@@ -136,9 +137,9 @@ class InteractiveWindowSelfAttention(nn.Module):
         self.window_size = window_size
         self.scale = (embed_dims // num_heads) ** -0.5
         self.attn_drop = attn_drop
-        self.qkv = nn.Linear(embed_dims, 3 * embed_dims)
+        self.qkv = Linear(embed_dims, 3 * embed_dims)
         self.lim_func = nn.Conv2d(embed_dims, embed_dims, 3, padding=1, groups=embed_dims)
-        self.proj = nn.Linear(embed_dims, embed_dims)
+        self.proj = Linear(embed_dims, embed_dims)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor) -> Tensor:

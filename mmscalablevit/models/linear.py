@@ -1,0 +1,69 @@
+# Copyright (c) mmscalablevit contributors. All rights reserved.
+"""Linear layers of the network, and where they run in a faster way of the same result."""
+
+import platform
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_X86 = platform.machine().lower() in ('x86_64', 'amd64')
+
+
+class Linear(nn.Linear):
+    """A linear layer over the last dimension, through the faster of torch's CPU kernels.
+
+    For float32 on CPU, torch takes matrix products from MKL and convolutions from oneDNN. For the
+    long and narrow products of this network oneDNN is the faster one (docs/performance.md), so that
+    inference there runs as a 1x1 convolution on a view of the same memory. Everywhere else,
+    while compiling and exporting included, it is ``nn.Linear``.
+
+    Args:
+        in_features (int): Width of the input.
+        out_features (int): Width of the output.
+        bias (bool): Whether to add a bias. Defaults to True.
+
+    Example:
+        >>> import torch
+        >>> Linear(64, 192)(torch.rand(1, 7, 9, 64)).shape
+        torch.Size([1, 7, 9, 192])
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform ``x`` of shape (..., in_features) to (..., out_features)."""
+        if not self._convolution_is_faster(x):
+            return super().forward(x)
+        rows = x if x.dim() == 4 else x.reshape(1, 1, -1, self.in_features)
+        out = F.conv2d(rows.permute(0, 3, 1, 2), self.weight[:, :, None, None], self.bias)
+        return out.permute(0, 2, 3, 1).reshape(*x.shape[:-1], self.out_features)
+
+    def _convolution_is_faster(self, x: Tensor) -> bool:
+        return (
+            x.dtype == self.weight.dtype == torch.float32
+            and runs_eagerly_on_cpu(x)
+            and torch.backends.mkldnn.is_available()
+            and not torch.is_autocast_enabled('cpu')
+        )
+
+
+def runs_eagerly_on_cpu(x: Tensor) -> bool:
+    """Whether ``x`` passes through inference on an x86 CPU, neither traced nor compiled.
+
+    There, and only there, memory traffic is worth slicing and copying less than elegantly: a
+    compiler fuses it by itself, autograd needs what slicing saves, and a GPU wants few launches.
+
+    Example:
+        >>> import torch
+        >>> runs_eagerly_on_cpu(torch.rand(2))
+        False
+        >>> with torch.no_grad():
+        ...     runs_eagerly_on_cpu(torch.rand(2))  # doctest: +SKIP
+        True
+    """
+    return (
+        _X86
+        and x.device.type == 'cpu'
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+    )

@@ -1,0 +1,589 @@
+# Copyright (c) mmscalablevit contributors. All rights reserved.
+"""Time and memory of ScalableViT side by side with its plain formulas and with other backbones.
+
+All models of a case run in turn, round after round (A B C, A B C, ...), so that what slows the
+machine down meets all of them. Reported are medians, and medians of the ratios within a round.
+"""
+
+import argparse
+import importlib.util
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.logging import MMLogger
+from mmengine.registry import MODELS, init_default_scope
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from mmscalablevit import ScalableViT, __version__
+from mmscalablevit.engine import cli
+from mmscalablevit.models.scalablevit import ARCH_ZOO
+
+ROOT = Path(__file__).parents[2]
+OURS = ('small', 'base', 'large', 'small-merged')
+PEERS = {
+    'pvtv2-b2': dict(
+        type='mmdet.PyramidVisionTransformerV2', embed_dims=64, num_layers=[3, 4, 6, 3]
+    ),
+    'resnet-50': dict(type='mmdet.ResNet', depth=50),
+}
+# The class of mmdet or mmseg, from the configs of the comparison.
+BASES = {'swin-t': 'mmdet', 'twins-svt-s': 'mmseg'}
+MODELS_HELP = (
+    f'of {", ".join([*OURS, "plain", *BASES, *PEERS])}, or configs (*.py) of whole detectors and '
+    'segmentors; with :compiled for torch.compile, :dynamic for torch.compile with dynamic sizes, '
+    ':cp for gradient checkpointing'
+)
+DTYPES = dict(float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16)
+MATMUL_SIZE = 2048
+MATMUL = 'matrix product'
+
+
+@dataclass(frozen=True)
+class Case:
+    """What every model is measured at.
+
+    Args:
+        mode (str): 'inference' or 'train', a training step with AdamW.
+        dtype (str): 'float32', or the type of autocast.
+        height (int): Height of the images in pixels.
+        width (int): Width of the images in pixels.
+        batch (int): Images in a batch.
+    """
+
+    mode: str
+    dtype: str
+    height: int
+    width: int
+    batch: int
+
+    def __str__(self) -> str:
+        return f'{self.mode} {self.dtype} {self.batch}x{self.height}x{self.width}'
+
+
+@dataclass
+class Result:
+    """What one model took in one case.
+
+    Args:
+        model (str): Name of the model.
+        case (Case): The case.
+        seconds (list[float]): One value for each round.
+        gflops (float | None): Needed operations in units of 1e9, a multiply-add as two.
+        memory (float | None): Peak memory in MB: resident on CPU, in a process of its own; that
+            PyTorch allocated on CUDA.
+        first (float): Seconds of the first pass, compilation included.
+        parts (dict[str, float]): Share of the parts of a whole model, from 0 to 1.
+    """
+
+    model: str
+    case: Case
+    seconds: list[float] = field(default_factory=list)
+    gflops: float | None = None
+    memory: float | None = None
+    first: float = 0.0
+    parts: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def median(self) -> float:
+        """Median of the rounds in seconds."""
+        return statistics.median(self.seconds)
+
+
+class Plain(nn.Module):
+    """The plain transcription of the formulas, with the weights of a backbone.
+
+    Args:
+        arch (str): Name of the architecture.
+    """
+
+    def __init__(self, arch: str) -> None:
+        super().__init__()
+        path = ROOT / 'tests' / 'plain.py'
+        if not path.exists():
+            raise cli.UserError(f"the model 'plain' is {path}, which only a clone has")
+        spec = importlib.util.spec_from_file_location('plain', path)
+        plain = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(plain)
+        self.run = plain.plain_forward
+        self.arch = ARCH_ZOO[arch]
+        self.weights = ScalableViT(arch)
+
+    def init_weights(self) -> None:
+        """Initialize as the backbone."""
+        self.weights.init_weights()
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Compute the four maps."""
+        return self.run(dict(self.weights.named_parameters()), self.arch, images)
+
+
+class Whole(nn.Module):
+    """A detector or segmentor of a config, on made-up images and annotations.
+
+    Args:
+        path (str): The config.
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        cfg = Config.fromfile(path)
+        self.scope = cfg.default_scope
+        init_default_scope(self.scope)
+        self.model = MODELS.build(cfg.model)
+        self.is_detector = self.scope == 'mmdet'
+
+    def init_weights(self) -> None:
+        """Initialize the model."""
+        self.model.init_weights()
+
+    def inputs(self, images: Tensor) -> dict:
+        """Images with as many made-up annotations as usual."""
+        batch, _, height, width = images.shape
+        if self.is_detector:
+            from mmdet.testing import demo_mm_inputs
+
+            data = demo_mm_inputs(
+                batch, (3, height, width), num_items=[8] * batch, with_mask=True, device='cpu'
+            )
+            for sample in data['data_samples']:
+                sample.to(images.device)
+            return dict(inputs=images, data_samples=data['data_samples'])
+        from mmengine.structures import PixelData
+        from mmseg.structures import SegDataSample
+
+        meta = dict(img_shape=(height, width), ori_shape=(height, width), pad_shape=(height, width))
+        labels = torch.zeros(1, height, width, dtype=torch.long, device=images.device)
+        samples = [
+            SegDataSample(gt_sem_seg=PixelData(data=labels), metainfo=meta) for _ in range(batch)
+        ]
+        return dict(inputs=images, data_samples=samples)
+
+    def forward(self, images: Tensor) -> object:
+        """Predict, or compute the losses while training."""
+        data = self.inputs(images)
+        if not self.training:
+            return self.model(**data, mode='predict')
+        return self.model.parse_losses(self.model(**data, mode='loss'))[0]
+
+
+def parse_args() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog='example: python tools/analysis_tools/benchmark.py --models small plain swin-t '
+        'small:compiled --dtypes float32 --sizes 1x800x1280 --out work_dirs/benchmark',
+    )
+    default = ['small', 'plain', 'swin-t', 'twins-svt-s', 'pvtv2-b2', 'resnet-50']
+    parser.add_argument('--models', nargs='+', default=default, metavar='MODEL', help=MODELS_HELP)
+    parser.add_argument(
+        '--modes', nargs='+', choices=['inference', 'train'], default=['inference', 'train']
+    )
+    parser.add_argument('--dtypes', nargs='+', choices=list(DTYPES), default=['float32'])
+    parser.add_argument(
+        '--sizes',
+        nargs='+',
+        type=size,
+        metavar='BxHxW',
+        default=[(32, 224, 224), (2, 512, 512), (1, 800, 1280)],
+        help='batch, height and width of the images',
+    )
+    parser.add_argument('--rounds', type=int, default=5, help='measured passes of each model')
+    parser.add_argument('--device', choices=['cpu', 'cuda'], default='cpu')
+    parser.add_argument('--no-memory', action='store_true', help='do not measure memory')
+    parser.add_argument('--out', type=Path, help='folder for benchmark.json, .md and .png')
+    parser.add_argument('--measure-memory', help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def size(text: str) -> tuple[int, int, int]:
+    """Read BxHxW.
+
+    Example:
+        >>> size('1x800x1280')
+        (1, 800, 1280)
+    """
+    batch, height, width = (int(number) for number in text.split('x'))
+    if min(batch, height, width) < 1:
+        raise ValueError
+    return batch, height, width
+
+
+def build(name: str) -> nn.Module:
+    """Build a model by its name, without compilation.
+
+    Raises:
+        UserError: If there is no such model.
+    """
+    base = name.split(':')[0]
+    with_cp = ':cp' in name
+    torch.manual_seed(0)
+    if base.endswith('.py'):
+        if not Path(base).exists():
+            raise cli.UserError(f'config {base} does not exist')
+        model = Whole(base)
+    elif base == 'plain':
+        model = Plain('small')
+    elif base in OURS:
+        model = ScalableViT(base, with_cp=with_cp)
+    else:
+        model = build_peer(base, with_cp)
+    model.init_weights()
+    return model
+
+
+def build_peer(name: str, with_cp: bool) -> nn.Module:
+    """Build another project's backbone by its name."""
+    if name in BASES:
+        cfg = Config.fromfile(ROOT / 'configs' / '_base_' / 'backbones' / f'{name}.py').backbone
+        scope = BASES[name]
+        cfg.drop_path_rate = 0.0
+    elif name in PEERS:
+        cfg, scope = dict(PEERS[name]), 'mmdet'
+    else:
+        raise cli.UserError(f'there is no model {name!r}; --models are {MODELS_HELP}')
+    if with_cp:
+        cfg['with_cp'] = True
+    # Registers the toolbox's classes.
+    __import__(f'{scope}.models')
+    init_default_scope(scope)
+    return MODELS.build(cfg)
+
+
+def prepare(name: str, case: Case, device: str) -> Callable[[], None]:
+    """Build a model and return what runs it once in a case."""
+    model = build(name).to(device)
+    model.train(case.mode == 'train')
+    images = torch.rand(case.batch, 3, case.height, case.width).to(device)
+    run = model
+    if ':compiled' in name or ':dynamic' in name:
+        torch._dynamo.reset()
+        run = torch.compile(model, dynamic=True if ':dynamic' in name else None)
+    low_precision = case.dtype != 'float32'
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6) if case.mode == 'train' else None
+
+    def once() -> None:
+        with (
+            torch.set_grad_enabled(optimizer is not None),
+            torch.autocast(device, DTYPES[case.dtype], enabled=low_precision),
+        ):
+            outs = run(images)
+        if optimizer is None:
+            return
+        loss = outs if isinstance(outs, Tensor) else sum(out.float().mean() for out in outs)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    once.model = model
+    return once
+
+
+def measure(case: Case, names: list[str], args: argparse.Namespace, tick: Callable) -> list[Result]:
+    """Measure all models in one case, in turn.
+
+    Args:
+        case (Case): The case.
+        names (list[str]): The models.
+        args (argparse.Namespace): The command line.
+        tick (Callable): Called with a text after each step.
+
+    Returns:
+        list[Result]: One for each model, and one for a matrix product.
+    """
+    results = {name: Result(name, case, gflops=count_gflops(name, case)) for name in names}
+    runs = {}
+    for name in names:
+        runs[name] = prepare(name, case, args.device)
+        results[name].first = seconds(runs[name], args.device)
+        tick(f'{case}: {name} warmed up')
+    results[MATMUL] = Result(MATMUL, case, gflops=2 * MATMUL_SIZE**3 / 1e9)
+    runs[MATMUL] = matrix_product(case, args.device)
+    for _ in range(args.rounds):
+        for name, run in runs.items():
+            results[name].seconds.append(seconds(run, args.device))
+            tick(f'{case}: {name}')
+    for name in names:
+        if name.split(':')[0].endswith('.py') and case.mode == 'inference':
+            results[name].parts = parts(runs[name], args.device)
+    runs.clear()
+    if not args.no_memory:
+        for name in names:
+            results[name].memory = peak_memory(name, case, args.device)
+            tick(f'{case}: memory of {name}')
+    return list(results.values())
+
+
+def seconds(run: Callable[[], None], device: str) -> float:
+    """Seconds of one call."""
+    synchronize(device)
+    start = time.perf_counter()
+    run()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def synchronize(device: str) -> None:
+    """Wait for a GPU."""
+    if device == 'cuda':
+        torch.cuda.synchronize()
+
+
+def matrix_product(case: Case, device: str) -> Callable[[], None]:
+    """A large matrix product in the case's type: the rate that the machine can reach."""
+    a, b = torch.rand(2, MATMUL_SIZE, MATMUL_SIZE, device=device, dtype=DTYPES[case.dtype])
+    torch.mm(a, b)
+    return lambda: torch.mm(a, b)
+
+
+def count_gflops(name: str, case: Case) -> float | None:
+    """Operations that a backbone needs for a case, in units of 1e9.
+
+    Ours are counted on the plain formulas, without the zeros that pad one width to another. A
+    backward pass counts as two forward passes.
+    """
+    base = name.split(':')[0]
+    if base.endswith('.py'):
+        return None
+    model = Plain('small') if base == 'plain' else Plain(base) if base in OURS else build(base)
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        model.to('meta').eval()
+        model(torch.empty(1, 3, case.height, case.width, device='meta'))
+    passes = 3 if case.mode == 'train' else 1
+    return counter.get_total_flops() * case.batch * passes / 1e9
+
+
+def parts(run: Callable[[], None], device: str) -> dict[str, float]:
+    """Share of the time that each part of a whole model takes, measured with hooks."""
+    spent, handles = {}, []
+    for name, module in run.model.model.named_children():
+        # A detector calls methods of its heads and not the heads themselves.
+        calls = ['forward'] if name in ('backbone', 'neck') else ['predict', 'forward']
+        for call in calls:
+            if hasattr(module, call):
+                handles.append(_time_method(module, call, name, spent, device))
+                break
+    total = seconds(run, device)
+    for undo in handles:
+        undo()
+    shares = {name: value / total for name, value in spent.items()}
+    return {**shares, 'rest': 1 - sum(shares.values())}
+
+
+def _time_method(
+    module: nn.Module, call: str, name: str, spent: dict[str, float], device: str
+) -> Callable[[], None]:
+    method = getattr(module, call)
+
+    def timed(*args, **kwargs) -> object:
+        synchronize(device)
+        start = time.perf_counter()
+        out = method(*args, **kwargs)
+        synchronize(device)
+        spent[name] = spent.get(name, 0.0) + time.perf_counter() - start
+        return out
+
+    setattr(module, call, timed)
+    return lambda: delattr(module, call)
+
+
+def peak_memory(name: str, case: Case, device: str) -> float:
+    """Peak memory in MB; on CPU the resident one of a process that runs this model alone."""
+    if device == 'cuda':
+        run = prepare(name, case, device)
+        run()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return torch.cuda.max_memory_allocated() / 2**20
+    request = json.dumps(dict(name=name, case=asdict(case)))
+    done = subprocess.run(
+        [sys.executable, __file__, '--measure-memory', request], capture_output=True, text=True
+    )
+    if done.returncode:
+        raise RuntimeError(f'measuring the memory of {name} failed:\n{done.stderr}')
+    return float(done.stdout.splitlines()[-1])
+
+
+def measure_memory(request: dict) -> None:
+    """Run one model twice in this process and print its peak resident memory in MB."""
+    run = prepare(request['name'], Case(**request['case']), 'cpu')
+    run()
+    run()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
+
+
+def ratio(result: Result, reference: Result) -> tuple[float, float, float]:
+    """Median, lowest and highest ratio of the times within a round."""
+    ratios = [a / b for a, b in zip(result.seconds, reference.seconds, strict=True)]
+    return statistics.median(ratios), min(ratios), max(ratios)
+
+
+def rows(results: list[Result]) -> Iterator[list[str]]:
+    """Rows of the table of one case; the first model is what the others are compared with."""
+    reference, rate = results[0], results[-1].gflops / results[-1].median
+    for result in results:
+        mid, low, high = ratio(result, reference)
+        gflops = result.gflops / result.median if result.gflops else None
+        is_matmul = result.model == MATMUL
+        yield [
+            Path(result.model).name,
+            f'{result.median:.3f}',
+            '' if is_matmul else f'{mid:.2f} ({low:.2f} to {high:.2f})',
+            f'{result.memory:.0f}' if result.memory else '',
+            f'{result.memory / reference.memory:.2f}' if result.memory else '',
+            f'{gflops:.0f}' if gflops else '',
+            f'{gflops / rate:.0%}' if gflops else '',
+            ', '.join(f'{name} {share:.0%}' for name, share in result.parts.items()),
+        ]
+
+
+HEADER = ['Model', 'Seconds', 'Time ratio', 'Peak MB', 'Ratio', 'GFLOP/s', 'Of matmul', 'Parts']
+
+
+def markdown(cases: list[list[Result]]) -> str:
+    """All tables in Markdown."""
+    lines = [f'{machine()}', '']
+    for results in cases:
+        lines += [f'### {results[0].case}', '', f'| {" | ".join(HEADER)} |', '|---' * 8 + '|']
+        lines += [f'| {" | ".join(row)} |' for row in rows(results)] + ['']
+    lines.append(
+        f'Time ratio: to {Path(cases[0][0].model).name}, median within a round (lowest to '
+        'highest). GFLOP/s: needed operations, a multiply-add as two, zeros of padding not counted.'
+    )
+    return '\n'.join(lines) + '\n'
+
+
+def machine() -> str:
+    """One line on the machine and the software."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
+    return (
+        f'{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, '
+        f'mmscalablevit {__version__}'
+    )
+
+
+def cpu_name() -> str:
+    """Name of the processor."""
+    try:
+        lines = Path('/proc/cpuinfo').read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(': ')[1] for line in lines if line.startswith('model name')), '')
+
+
+def plot(cases: list[list[Result]], path: Path) -> None:
+    """Latency and memory of one image against its area, log-log, with the fitted exponent."""
+    import matplotlib
+
+    matplotlib.use('Agg')
+    from matplotlib import pyplot as plt
+
+    groups = {}
+    for results in cases:
+        case = results[0].case
+        for result in results:
+            if result.model != MATMUL:
+                key = (case.mode, case.dtype)
+                groups.setdefault(key, {}).setdefault(result.model, []).append(result)
+    figure, axes = plt.subplots(2, len(groups), figsize=(6 * len(groups), 9), squeeze=False)
+    for column, (key, models) in enumerate(groups.items()):
+        for model, results in models.items():
+            area = [result.case.height * result.case.width / 1e6 for result in results]
+            times = [1e3 * result.median / result.case.batch for result in results]
+            draw(axes[0, column], area, times, Path(model).name)
+            memory = [result.memory for result in results]
+            if all(memory):
+                draw(axes[1, column], area, memory, Path(model).name)
+        axes[0, column].set(title=' '.join(key), ylabel='ms per image')
+        axes[1, column].set(xlabel='megapixels', ylabel='peak MB of the batch')
+        for axis in axes[:, column]:
+            axis.set(xscale='log', yscale='log')
+            axis.grid(alpha=0.3, which='both')
+            axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def draw(axis: object, area: list[float], values: list[float], name: str) -> None:
+    """Draw one model's curve and name its exponent."""
+    order = np.argsort(area)
+    x, y = np.array(area)[order], np.array(values)[order]
+    label = name
+    if len(set(area)) > 1:
+        label += f', exponent {np.polyfit(np.log(x), np.log(y), 1)[0]:.2f}'
+    axis.plot(x, y, marker='o', label=label)
+
+
+def save(cases: list[list[Result]], out: Path) -> None:
+    """Write benchmark.json, benchmark.md and benchmark.png."""
+    out.mkdir(parents=True, exist_ok=True)
+    content = dict(
+        machine=machine(),
+        command=' '.join(sys.argv),
+        results=[asdict(result) for results in cases for result in results],
+    )
+    (out / 'benchmark.json').write_text(json.dumps(content, indent=1))
+    (out / 'benchmark.md').write_text(markdown(cases))
+    plot(cases, out / 'benchmark.png')
+
+
+def main() -> None:
+    """Measure all cases and report them."""
+    args = parse_args()
+    # mmengine tells how each parameter was initialized.
+    MMLogger.get_current_instance().setLevel('WARNING')
+    if args.measure_memory:
+        measure_memory(json.loads(args.measure_memory))
+        return
+    if args.device == 'cuda' and not torch.cuda.is_available():
+        raise cli.UserError('--device cuda: torch sees no CUDA device')
+    if args.rounds < 1:
+        raise cli.UserError(f'--rounds must be at least 1, got {args.rounds}')
+    for name in args.models:
+        build(name)
+    console, cases = Console(), []
+    steps = len(args.models) * (1 + args.rounds + (not args.no_memory)) + args.rounds
+    todo = [
+        Case(mode, dtype, height, width, batch)
+        for mode in args.modes
+        for dtype in args.dtypes
+        for batch, height, width in args.sizes
+    ]
+    console.print(machine())
+    for case in todo:
+        with Progress(console=console, transient=True) as progress:
+            task = progress.add_task(str(case), total=steps)
+
+            def tick(text: str, progress: Progress = progress, task: int = task) -> None:
+                progress.update(task, description=text, advance=1)
+
+            cases.append(measure(case, args.models, args, tick))
+        table = Table(*HEADER, title=str(case))
+        for row in rows(cases[-1]):
+            table.add_row(*row)
+        console.print(table)
+        if args.out:
+            save(cases, args.out)
+    if args.out:
+        console.print(f'Wrote {args.out}/benchmark.json, benchmark.md and benchmark.png')
+
+
+if __name__ == '__main__':
+    cli.run(main)
