@@ -8,6 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
+
+from mmscalablevit import ScalableViT
 
 REFERENCE = Path(__file__).parent / 'data' / 'reference'
 
@@ -56,3 +59,31 @@ def in_old_names(state):
         return '.'.join(['blocks', *parts[1:]] if parts[0] == 'stages' else parts)
 
     return {old(name): tensor for name, tensor in state.items()}
+
+
+def golden_model(case):
+    arch = case['variant'] if 'kvmerged' not in case['case'] else 'small-merged'
+    model = ScalableViT(arch, stage_norm='chained' if case['extra_norm'] else None)
+    return load_reference(model)
+
+
+def golden_errors(model, case, dtype):
+    """Relative error of every stored piece of every stage; compiled models are callable, too."""
+    stored = load_file(REFERENCE / case['file'])
+    images = reference_input(case['input_seed'], case['input_shape']).to(dtype)
+    with torch.no_grad():
+        outs = model.to(dtype)(images)
+    errors = {}
+    for out, stage in zip(outs, case['stages'], strict=True):
+        assert list(out.shape) == stage['shape']
+        pieces = {
+            'full': out,
+            'sub': out[:, ::4, ::3, ::3],
+            'last_row': out[:, ::4, -1, :],
+            'last_col': out[:, ::4, :, -1],
+        }
+        for key in stage['stored']:
+            piece = pieces.get(key.rsplit('.')[-1], out)
+            errors[key] = (piece.double() - stored[key]).abs().max().item() / stage['absmax']
+    assert errors
+    return errors

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 from golden import (
-    REFERENCE,
+    golden_errors,
+    golden_model,
     load_reference,
     read_json,
     reference_input,
@@ -15,7 +16,6 @@ from golden import (
 )
 from mmengine.registry import MODELS
 from plain import plain_forward
-from safetensors.torch import load_file
 from torch import nn
 
 from mmscalablevit import ScalableViT
@@ -38,34 +38,6 @@ def tiny(**kwargs):
     model = ScalableViT(dict(TINY_EVEN), **kwargs)
     model.init_weights()
     return model
-
-
-def golden_model(case):
-    arch = case['variant'] if 'kvmerged' not in case['case'] else 'small-merged'
-    model = ScalableViT(arch, stage_norm='chained' if case['extra_norm'] else None)
-    return load_reference(model)
-
-
-def golden_errors(model, case, dtype):
-    """Relative error of every stored piece of every stage."""
-    stored = load_file(REFERENCE / case['file'])
-    images = reference_input(case['input_seed'], case['input_shape']).to(dtype)
-    with torch.no_grad():
-        outs = model.to(dtype)(images)
-    errors = {}
-    for out, stage in zip(outs, case['stages'], strict=True):
-        assert list(out.shape) == stage['shape']
-        pieces = {
-            'full': out,
-            'sub': out[:, ::4, ::3, ::3],
-            'last_row': out[:, ::4, -1, :],
-            'last_col': out[:, ::4, :, -1],
-        }
-        for key in stage['stored']:
-            piece = pieces.get(key.rsplit('.')[-1], out)
-            errors[key] = (piece.double() - stored[key]).abs().max().item() / stage['absmax']
-    assert errors
-    return errors
 
 
 @pytest.mark.parametrize('case', CASES, ids=lambda case: case['case'])

@@ -1,11 +1,14 @@
 # Copyright (c) mmscalablevit contributors. All rights reserved.
 """The two attentions of ScalableViT, on channels-last maps (B, H, W, C)."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .embedding import conv_channels_last
 from .linear import Linear
+
+_CONTIGUOUS = torch.contiguous_format
 
 
 class ScalableSelfAttention(nn.Module):
@@ -134,8 +137,9 @@ class InteractiveWindowSelfAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.head_dims = embed_dims // num_heads
         self.window_size = window_size
-        self.scale = (embed_dims // num_heads) ** -0.5
+        self.scale = self.head_dims**-0.5
         self.attn_drop = attn_drop
         self.qkv = Linear(embed_dims, 3 * embed_dims)
         self.lim_func = nn.Conv2d(embed_dims, embed_dims, 3, padding=1, groups=embed_dims)
@@ -152,35 +156,36 @@ class InteractiveWindowSelfAttention(nn.Module):
         Returns:
             Tensor: Map of shape (B, H, W, C).
         """
-        _, height, width, channels = x.shape
-        bottom, right = -height % self.window_size, -width % self.window_size
-        if bottom or right:
+        batch, height, width, channels = x.shape
+        size = self.window_size
+        # Spelled out for compilers, which would have to prove that the windows divide the map.
+        rows, columns = (height + size - 1) // size, (width + size - 1) // size
+        grid = (batch, rows, size, columns, size)
+        bottom, right = rows * size - height, columns * size - width
+        # A compiled graph always pads and crops, so that it serves maps of any size.
+        compiling = torch.compiler.is_compiling()
+        if compiling or bottom or right:
             x = F.pad(x, (0, 0, 0, right, 0, bottom))
         qkv = self.qkv(x)
         lim = conv_channels_last(self.lim_func, qkv[..., 2 * channels :])
         # The windows are a view of the LIM map, so adding into them needs no copy back to a map.
-        out = self._windows(lim.contiguous())
-        out = out.add_(self._attend(self._windows(qkv)))
-        out = out.transpose(2, 3).flatten(1, 2).flatten(2, 3)
-        if bottom or right:
-            out = out[:, :height, :width]
-        return self.proj_drop(self.proj(out))
-
-    def _windows(self, x: Tensor) -> Tensor:
-        """View a map (B, H, W, C) as (B, rows, columns, window, window, C)."""
-        size = self.window_size
-        return x.unflatten(2, (-1, size)).unflatten(1, (-1, size)).transpose(2, 3)
+        out = lim.contiguous().view(*grid, channels).transpose(2, 3)
+        # The windows' copy takes the place of the map, whose memory is free during attention.
+        qkv = qkv.view(*grid, 3 * channels).transpose(2, 3).clone(memory_format=_CONTIGUOUS)
+        qkv = qkv.view(batch * rows * columns, size**2, 3, self.num_heads, self.head_dims)
+        out = out.add_(self._attend(qkv).view(out.shape))
+        out = out.transpose(2, 3).reshape(batch, rows * size, columns * size, channels)
+        # Before the crop, whose result is no longer contiguous.
+        out = self.proj_drop(self.proj(out))
+        if compiling:
+            return F.pad(out, (0, 0, 0, -right, 0, -bottom))
+        return out[:, :height, :width]
 
     def _attend(self, qkv: Tensor) -> Tensor:
-        """Attend inside windows: (B, rows, columns, window, window, 3C) to the same with C."""
-        windows = qkv.shape[:-1]
-        qkv = qkv.reshape(
-            -1, self.window_size**2, 3, self.num_heads, qkv.shape[-1] // 3 // self.num_heads
-        )
+        """Attend inside windows: (windows, N, 3, heads, head_dims) to (windows, N, C)."""
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
         dropout = self.attn_drop if self.training else 0.0
-        out = fused_attention(query, key, value, self.scale, dropout)
-        return out.transpose(1, 2).reshape(*windows, -1)
+        return fused_attention(query, key, value, self.scale, dropout).transpose(1, 2).flatten(2)
 
 
 def fused_attention(

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 _X86 = platform.machine().lower() in ('x86_64', 'amd64')
+# torch gives a convolution of fewer values to a slower kernel than oneDNN's.
+_MIN_VALUES = 20480
 
 
 class Linear(nn.Linear):
@@ -15,8 +17,8 @@ class Linear(nn.Linear):
 
     For float32 on CPU, torch takes matrix products from MKL and convolutions from oneDNN. For the
     long and narrow products of this network oneDNN is the faster one (docs/performance.md), so that
-    inference there runs as a 1x1 convolution on a view of the same memory. Everywhere else,
-    while compiling and exporting included, it is ``nn.Linear``.
+    the layer runs there as a 1x1 convolution on a view of the same memory. Everywhere else, while
+    compiling and exporting included, it is ``nn.Linear``.
 
     Args:
         in_features (int): Width of the input.
@@ -38,32 +40,29 @@ class Linear(nn.Linear):
         return out.permute(0, 2, 3, 1).reshape(*x.shape[:-1], self.out_features)
 
     def _convolution_is_faster(self, x: Tensor) -> bool:
-        return (
+        # First, since a compiler would guard whatever else is asked.
+        return runs_eagerly_on_cpu(x) and (
             x.dtype == self.weight.dtype == torch.float32
-            and runs_eagerly_on_cpu(x)
+            and x.numel() > _MIN_VALUES
             and torch.backends.mkldnn.is_available()
             and not torch.is_autocast_enabled('cpu')
         )
 
 
 def runs_eagerly_on_cpu(x: Tensor) -> bool:
-    """Whether ``x`` passes through inference on an x86 CPU, neither traced nor compiled.
+    """Whether ``x`` is processed on an x86 CPU, operator by operator, neither traced nor compiled.
 
-    There, and only there, memory traffic is worth slicing and copying less than elegantly: a
-    compiler fuses it by itself, autograd needs what slicing saves, and a GPU wants few launches.
+    There, and only there, other operators for the same result are worth it: compilers choose and
+    fuse operators by themselves, and a traced or exported graph should stay plain.
 
     Example:
         >>> import torch
-        >>> runs_eagerly_on_cpu(torch.rand(2))
-        False
-        >>> with torch.no_grad():
-        ...     runs_eagerly_on_cpu(torch.rand(2))  # doctest: +SKIP
+        >>> runs_eagerly_on_cpu(torch.rand(2))  # doctest: +SKIP
         True
     """
     return (
-        _X86
-        and x.device.type == 'cpu'
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
+        and x.device.type == 'cpu'
+        and _X86
     )

@@ -119,7 +119,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Transform a map of shape (B, H, W, C); the shape stays."""
         x = x + self.drop_path(self.attn(self.norm1(x)))
-        if runs_eagerly_on_cpu(x) and not self.training:
+        if runs_eagerly_on_cpu(x) and not self.training and not torch.is_grad_enabled():
             return self._add_mlp_in_slices(x.contiguous())
         return x + self.drop_path(self.mlp(self.norm2(x)))
 

@@ -9,7 +9,7 @@ import argparse
 import importlib.util
 import json
 import platform
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -404,14 +404,16 @@ def _time_method(
     return lambda: delattr(module, call)
 
 
-def peak_memory(name: str, case: Case, device: str) -> float:
-    """Peak memory in MB; on CPU the resident one of a process that runs this model alone."""
+def peak_memory(name: str, case: Case, device: str) -> float | None:
+    """Peak memory in MB; on CPU (Linux) the resident one of a process with this model alone."""
     if device == 'cuda':
         run = prepare(name, case, device)
         run()
         torch.cuda.reset_peak_memory_stats()
         run()
         return torch.cuda.max_memory_allocated() / 2**20
+    if platform.system() != 'Linux':
+        return None
     request = json.dumps(dict(name=name, case=asdict(case)))
     done = subprocess.run(
         [sys.executable, __file__, '--measure-memory', request], capture_output=True, text=True
@@ -426,7 +428,9 @@ def measure_memory(request: dict) -> None:
     run = prepare(request['name'], Case(**request['case']), 'cpu')
     run()
     run()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
+    # Not the maximum of getrusage, which a process inherits from the one that started it.
+    status = Path('/proc/self/status').read_text()
+    print(int(re.search(r'VmHWM:\s+(\d+) kB', status)[1]) / 2**10)
 
 
 def ratio(result: Result, reference: Result) -> tuple[float, float, float]:
