@@ -1,0 +1,146 @@
+# Copyright (c) mmscalablevit contributors. All rights reserved.
+"""Export: a file of one size serves others, states its input, and models that cannot say why."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+# Imported before any toolbox: it makes a torchvision without its compiled half importable.
+from mmscalablevit import ScalableViT
+
+ROOT = Path(__file__).parents[1]
+DATA = ROOT / 'tests' / 'data'
+ARCH = dict(
+    embed_dims=[16, 16, 16, 16],
+    num_heads=[1, 1, 2, 2],
+    depths=[2, 1, 2, 1],
+    c_ratios=[1.25, 1.25, 1.5, 1],
+    sr_ratios=[8, 4, 2, 1],
+    window_sizes=[7, 7, 7, 7],
+    mlp_ratios=[2, 2, 2, 2],
+    ssa_kv='separate',
+)
+
+
+@pytest.fixture(scope='module')
+def tool():
+    path = ROOT / 'tools' / 'deployment' / 'export_onnx.py'
+    spec = importlib.util.spec_from_file_location('export_onnx', path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def call(tool, monkeypatch, *words):
+    monkeypatch.setattr(sys, 'argv', ['export_onnx.py', *map(str, words)])
+    tool.cli.run(tool.main)
+
+
+@pytest.mark.parametrize(('size', 'number'), [(9, 6), (4, 6), (7, 1), (13, 3)])
+def test_pooling_by_products_is_adaptive_pooling(tool, size, number):
+    x = torch.randn(2, 3, size, 11)
+    pool = nn.AdaptiveAvgPool2d((number, 2))
+    torch.testing.assert_close(tool.pool_any_map(pool, x), pool(x))
+
+
+def test_torch_export_of_the_backbone_at_other_sizes(tool):
+    torch.manual_seed(0)
+    model = ScalableViT(ARCH).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    # Neither one of the traced sizes nor of one batch; windows that fit, and that do not.
+    program = tool.trace(model).module()
+    with torch.no_grad():
+        for shape in ((1, 3, 64, 70), (2, 3, 224, 224), (4, 3, 201, 77)):
+            images = torch.randn(shape)
+            for got, wanted in zip(program(images), model(images), strict=True):
+                torch.testing.assert_close(got, wanted, atol=1e-4, rtol=0)
+        with pytest.raises(Exception, match=r'64'):
+            program(torch.randn(1, 3, 63, 64))
+
+
+def test_onnx_of_a_segmentor_with_its_checkpoint(tool, tmp_path, monkeypatch, capsys):
+    onnxruntime = pytest.importorskip('onnxruntime', reason='the extra onnx is not installed')
+    pytest.importorskip('onnxscript', reason='the extra onnx is not installed')
+    pytest.importorskip('mmseg')
+    args = ['--cfg-options', 'model.backbone.arch.depths=[1,1,1,1]']
+    checkpoint, out = tmp_path / 'weights.pth', tmp_path / 'model.onnx'
+    cfg = tool.Config.fromfile(DATA / 'tiny_upernet.py')
+    cfg.model.backbone.arch.depths = [1, 1, 1, 1]
+    model = tool.build_model(cfg, None)
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    torch.save(dict(state_dict=model.state_dict()), checkpoint)
+    words = ['--checkpoint', checkpoint, '--out', out, '--repeat', 1, *args]
+    call(tool, monkeypatch, DATA / 'tiny_upernet.py', '--check-sizes', '1x64x64', *words)
+    assert '| 1 x 64 x 64 |' in capsys.readouterr().out
+
+    session = onnxruntime.InferenceSession(out, providers=['CPUExecutionProvider'])
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert json.loads(metadata['mean']) == [123.675, 116.28, 103.53]
+    assert metadata['channels'] == 'RGB'
+    for batch, height, width in ((2, 75, 110), (1, 112, 112), (1, 64, 150)):
+        images = torch.randn(batch, 3, height, width)
+        logits, labels = map(torch.from_numpy, session.run(None, {'images': images.numpy()}))
+        with torch.no_grad():
+            wanted = model.whole_inference(images, [dict(img_shape=(height, width))])
+        torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=1e-4)
+        assert (labels == wanted.argmax(1)).float().mean() > 0.999
+
+
+def test_a_detector_puts_out_the_maps_of_its_head(tool):
+    pytest.importorskip('mmdet')
+    cfg = tool.Config.fromfile(DATA / 'tiny_retinanet.py')
+    wrapped = tool.wrap(tool.build_model(cfg, None))
+    outs = tool.trace(wrapped).module()(torch.randn(1, 3, 64, 90))
+    assert wrapped.output_names == [f'{k}{i}' for k in ('scores', 'boxes') for i in range(5)]
+    # 9 anchors at each place of strides 8 to 128, 4 classes or coordinates.
+    sizes = [(8, 12), (4, 6), (2, 3), (1, 2), (1, 1)]
+    assert [tuple(x.shape) for x in outs] == [(1, 36, *size) for size in sizes] * 2
+
+
+def test_what_cannot_be_exported_says_why(tool, tmp_path, monkeypatch):
+    pytest.importorskip('mmdet')
+    with pytest.raises(SystemExit, match=r'MaskRCNN cannot be exported: it needs RoIAlign of mmcv'):
+        call(tool, monkeypatch, DATA / 'tiny_mask-rcnn.py', '--out', tmp_path / 'x.onnx')
+
+
+@pytest.mark.parametrize(
+    ('words', 'said'),
+    [
+        (['--out', 'x.pt2'], r'--out must end in \.onnx'),
+        (['--out', 'x.onnx', '--opset', '11'], 'at least 18'),
+        (['--out', 'x.onnx', '--check-sizes', '64x64'], 'BxHxW'),
+        (['--out', 'x.onnx', '--check-sizes', '1x63x64'], '64 to 8192'),
+    ],
+)
+def test_wrong_arguments(tool, monkeypatch, words, said):
+    with pytest.raises(SystemExit, match=said):
+        call(tool, monkeypatch, DATA / 'tiny_retinanet.py', *words)
+
+
+def test_a_difference_is_not_let_through(tool):
+    wanted = (torch.zeros(2, 3), torch.zeros(1000, dtype=torch.long))
+    near = [wanted[0] + 5e-5, wanted[1]]
+    assert tool.largest_difference(wanted, near) == pytest.approx(5e-5)
+    for other in (wanted[0] + 2e-4, wanted[0] * float('nan'), torch.zeros(3, 2)):
+        with pytest.raises(tool.cli.UserError, match='output 0'):
+            tool.largest_difference(wanted, [other, wanted[1]])
+    labels = wanted[1].clone()
+    labels[:2] = 1
+    with pytest.raises(tool.cli.UserError, match=r'99\.80%'):
+        tool.largest_difference(wanted, [wanted[0], labels])
+
+
+def test_help_has_an_example(tool, monkeypatch, capsys):
+    with pytest.raises(SystemExit, match='0'):
+        call(tool, monkeypatch, '--help')
+    assert 'example: python tools/deployment/export_onnx.py' in ' '.join(
+        capsys.readouterr().out.split()
+    )

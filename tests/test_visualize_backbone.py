@@ -1,0 +1,147 @@
+# Copyright (c) mmscalablevit contributors. All rights reserved.
+"""Pictures of the backbone: what they are computed from, and that any size gives them."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from mmscalablevit import ScalableViT
+from mmscalablevit.models import InteractiveWindowSelfAttention, ScalableSelfAttention
+
+ROOT = Path(__file__).parents[1]
+CONFIG = ROOT / 'tests' / 'data' / 'tiny_upernet.py'
+PICTURES = ['attention.png', 'features.png', 'receptive_fields.png', 'windows.png']
+
+
+@pytest.fixture(scope='module')
+def tool():
+    path = ROOT / 'tools' / 'analysis_tools' / 'visualize_backbone.py'
+    spec = importlib.util.spec_from_file_location('visualize_backbone', path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def call(tool, monkeypatch, *words):
+    monkeypatch.setattr(sys, 'argv', ['visualize_backbone.py', *map(str, words)])
+    tool.cli.run(tool.main)
+
+
+def randomized(module):
+    torch.manual_seed(0)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return module.eval()
+
+
+@pytest.mark.parametrize('kv', ['separate', 'merged'])
+@pytest.mark.parametrize('sr_ratio', [1, 4])
+@pytest.mark.parametrize('size', [(13, 18), (3, 9)])
+def test_attention_at_a_point_is_what_ssa_computes_there(tool, kv, sr_ratio, size):
+    c_ratio = 1.25 if sr_ratio > 1 else 1
+    attn = randomized(ScalableSelfAttention(32, 4, c_ratio, sr_ratio, kv))
+    x = torch.randn(1, *size, 32)
+    with torch.no_grad():
+        wanted = attn(x)[0]
+    for row, column in ((0, 0), (size[0] - 1, 5)):
+        weights, out = tool.attention_at(attn, x, row, column)
+        torch.testing.assert_close(out, wanted[row, column], atol=1e-4, rtol=1e-4)
+        assert weights.shape == (4, max(size[0] // sr_ratio, 1), max(size[1] // sr_ratio, 1))
+        torch.testing.assert_close(weights.sum((1, 2)), torch.ones(4))
+
+
+@pytest.mark.parametrize('size', [(14, 21), (9, 5)])
+def test_window_parts_are_what_iwsa_adds(tool, size):
+    attn = randomized(InteractiveWindowSelfAttention(32, 4))
+    x = torch.randn(1, *size, 32)
+    attended, lim = tool.window_parts(attn, x)
+    with torch.no_grad():
+        torch.testing.assert_close(attn.proj(attended + lim), attn(x), atol=1e-4, rtol=1e-4)
+        nn.init.zeros_(attn.lim_func.weight)
+        nn.init.zeros_(attn.lim_func.bias)
+        torch.testing.assert_close(attn.proj(attended), attn(x), atol=1e-4, rtol=1e-4)
+
+
+def test_receptive_field_of_a_convolution(tool):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 1, 5, padding=2)
+
+        def forward(self, x):
+            return [self.conv(x), 2 * self.conv(x)]
+
+    model = Model()
+    nn.init.ones_(model.conv.weight)
+    first, second = tool.receptive_fields(model, 2, 11)
+    wanted = np.zeros((11, 11))
+    wanted[3:8, 3:8] = 3
+    np.testing.assert_allclose(first, wanted)
+    np.testing.assert_allclose(second, 2 * wanted)
+    assert tool.side_holding(first, 0.35) == 3
+    assert tool.side_holding(first, 0.9) == 5
+
+
+def test_receptive_field_of_an_untrained_backbone_is_not_empty(tool):
+    torch.manual_seed(0)
+    backbone = ScalableViT(tool.cli.Config.fromfile(CONFIG).model.backbone.arch).eval()
+    backbone.init_weights()
+    fields = tool.receptive_fields(backbone, 1, 96)
+    assert [field.shape for field in fields] == [(96, 96)] * 4
+    sides = [tool.side_holding(field, 0.5) for field in fields]
+    assert 4 < sides[0] < sides[2]
+
+
+def test_principal_components_find_the_direction_of_change(tool):
+    ramp = torch.linspace(-1, 1, 12).expand(4, 12)
+    x = torch.randn(8, 1, 1, generator=torch.Generator().manual_seed(0)).abs() * ramp
+    colors = tool.principal_components(x + 1e-3 * torch.randn(x.shape))
+    assert colors.shape == (4, 12, 3)
+    assert np.corrcoef(colors[..., 0].ravel(), ramp.numpy().ravel())[0, 1] > 0.99
+
+
+@pytest.mark.parametrize('size', [(20, 31), (150, 90)])
+def test_pictures_of_any_size(tool, tmp_path, monkeypatch, capsys, size):
+    pytest.importorskip('mmseg')
+    image = np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8)
+    cv2.imwrite(str(tmp_path / 'image.png'), image)
+    torch.manual_seed(0)
+    backbone = ScalableViT(tool.cli.Config.fromfile(CONFIG).model.backbone.arch)
+    weights = {f'backbone.{key}': value for key, value in backbone.state_dict().items()}
+    torch.save(dict(state_dict=weights), tmp_path / 'weights.pth')
+    words = ['--config', CONFIG, '--checkpoint', tmp_path / 'weights.pth', '--point', '30,2']
+    words += ['--erf-images', 1, '--erf-size', 64, '--dpi', 40, '--out-dir', tmp_path / 'out']
+    call(tool, monkeypatch, tmp_path / 'image.png', *words)
+    assert sorted(path.name for path in (tmp_path / 'out').iterdir()) == PICTURES
+    printed = capsys.readouterr().out
+    for name in PICTURES:
+        assert f'wrote {tmp_path / "out" / name}' in printed
+        assert cv2.imread(str(tmp_path / 'out' / name)).std() > 10
+
+
+@pytest.mark.parametrize(
+    ('words', 'said'),
+    [
+        (['--point', '40,3'], '--point 40,3 is outside of the image of 40x30'),
+        (['--point', 'center'], '--point must be X,Y'),
+        (['--arch', 'huge'], "got 'huge'"),
+        (['--compare-checkpoint', 'x.pth'], '--compare-checkpoint needs --compare'),
+        (['--checkpoint', 'missing.pth'], 'missing.pth'),
+    ],
+)
+def test_wrong_arguments(tool, tmp_path, monkeypatch, words, said):
+    cv2.imwrite(str(tmp_path / 'image.png'), np.zeros((30, 40, 3), np.uint8))
+    words = [tmp_path / 'image.png', '--out-dir', tmp_path / 'out', *words]
+    with pytest.raises(SystemExit, match=said):
+        call(tool, monkeypatch, *words)
+
+
+def test_no_image(tool, tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match='does not exist'):
+        call(tool, monkeypatch, tmp_path / 'none.jpg', '--out-dir', tmp_path)
