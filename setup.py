@@ -25,7 +25,12 @@ OPENMMLAB = [
     'ftfy',
     'regex',
 ]
+# A program of torch.export becomes ONNX by onnxscript; onnxruntime checks it.
+ONNX = ['onnx>=1.17', 'onnxscript>=0.5', 'onnxruntime>=1.20']
 TEST = ['pytest>=8', 'hypothesis>=6', 'safetensors', 'ruff==0.17.*']
+TENSORBOARD = ['tensorboard']
+NOTEBOOK = ['nbclient', 'nbformat', 'ipykernel', 'matplotlib']
+DOCS = ['mkdocs>=1.6,<2', 'mkdocs-material>=9.5', 'mkdocstrings[python]>=1']
 
 
 class BuildWithMim(build_py):
@@ -83,7 +88,11 @@ setup(
         'cls': CLS,
         'all': sorted({*DET, *SEG, *CLS}),
         'openmmlab': OPENMMLAB,
-        'test': TEST,
+        'tensorboard': TENSORBOARD,
+        'notebook': NOTEBOOK,
+        'docs': DOCS,
+        'onnx': ONNX,
+        'test': [*TEST, *TENSORBOARD, *NOTEBOOK, *DOCS, *ONNX],
     },
     cmdclass={'build_py': BuildWithMim, 'editable_wheel': EditableWithMim},
     zip_safe=False,

@@ -239,6 +239,8 @@ def fake_srun(tmp_path, environment):
     srun = tmp_path / 'srun'
     srun.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > "{tmp_path}/arguments"\n')
     srun.chmod(0o755)
+    for name in ('c.py', 'c.pth'):
+        (tmp_path / name).touch()
     path = os.pathsep.join([str(tmp_path), environment['PATH']])
     return tmp_path, {**environment, 'PATH': path}
 

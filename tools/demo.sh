@@ -4,9 +4,14 @@
 # An interrupted run continues where it was; a finished one is only reported again.
 set -euo pipefail
 
+usage="usage: $0 [WORK_DIR]
+example: $0 work_dirs/demo"
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then
+    echo "$usage"
+    exit
+fi
 if [[ $# -gt 1 || ${1:-} == -* ]]; then
-    echo "usage: $0 [WORK_DIR]" >&2
-    echo "example: $0 work_dirs/demo" >&2
+    echo "$usage" >&2
     exit 2
 fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

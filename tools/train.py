@@ -2,6 +2,7 @@
 """Train a detector, segmentor or classifier from its config."""
 
 import argparse
+import importlib.util
 import os.path as osp
 
 from mmengine.config import Config
@@ -9,6 +10,13 @@ from mmengine.config import Config
 # Imported before any toolbox: the package makes a torchvision that lacks its compiled half
 # importable.
 from mmscalablevit.engine import cli
+
+# Tracker: backend of mmengine, the module it needs, what installs that.
+TRACKERS = {
+    'tensorboard': ('TensorboardVisBackend', 'tensorboard', '"mmscalablevit[tensorboard]"'),
+    'wandb': ('WandbVisBackend', 'wandb', 'wandb'),
+    'mlflow': ('MLflowVisBackend', 'mlflow', 'mlflow'),
+}
 
 
 def parse_args() -> argparse.Namespace:
@@ -34,12 +42,17 @@ def parse_args() -> argparse.Namespace:
         metavar='CHECKPOINT',
         help='continue from this checkpoint, or from the latest one in the work directory',
     )
+    parser.add_argument(
+        '--tracker', choices=TRACKERS, help='log to this experiment tracker besides the files'
+    )
     cli.add_common_arguments(parser)
     return cli.parse_args(parser)
 
 
 def enable_amp(cfg: Config) -> None:
     """Turn on mixed precision."""
+    if not cfg.get('optim_wrapper'):
+        raise cli.UserError(f'--amp needs an optim_wrapper in {cfg.filename}')
     wrapper = cfg.optim_wrapper.get('type', 'OptimWrapper')
     if wrapper not in ('OptimWrapper', 'AmpOptimWrapper'):
         raise cli.UserError(f'--amp needs optim_wrapper.type=OptimWrapper, got {wrapper}')
@@ -64,6 +77,18 @@ def set_resume(cfg: Config, checkpoint: str) -> None:
     cfg.load_from = None if checkpoint == 'auto' else checkpoint
 
 
+def add_tracker(cfg: Config, name: str) -> None:
+    """Log to an experiment tracker, too."""
+    backend, module, distribution = TRACKERS[name]
+    if importlib.util.find_spec(module) is None:
+        raise cli.UserError(f'--tracker {name} needs: pip install {distribution}')
+    if not cfg.get('visualizer'):
+        raise cli.UserError(f'--tracker needs a visualizer in {cfg.filename}')
+    backends = cfg.visualizer.get('vis_backends') or [dict(type='LocalVisBackend')]
+    if all(given['type'] != backend for given in backends):
+        cfg.visualizer.vis_backends = [*backends, dict(type=backend)]
+
+
 def main() -> None:
     """Train."""
     args = parse_args()
@@ -74,6 +99,8 @@ def main() -> None:
         enable_auto_scale_lr(cfg)
     if args.resume:
         set_resume(cfg, args.resume)
+    if args.tracker:
+        add_tracker(cfg, args.tracker)
     cli.check_data(cfg, ('train_dataloader', 'val_dataloader'))
     runner = cli.build_runner(cfg, ('train_loop', 'val_loop'), strict=cfg.get('resume', False))
     runner.train()

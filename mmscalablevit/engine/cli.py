@@ -2,6 +2,7 @@
 """What ``tools/train.py`` and ``tools/test.py`` share: arguments, config, checks, runner."""
 
 import argparse
+import contextlib
 import importlib
 import inspect
 import logging
@@ -18,10 +19,11 @@ from mmengine.device import get_device
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
-from mmengine.registry import RUNNERS
+from mmengine.registry import OPTIMIZERS, RUNNERS
 from mmengine.runner import Runner
+from torch import nn
 
-from .checkpoint import CheckpointError, use_safe_loader
+from .checkpoint import CheckpointError, read_checkpoint, use_safe_loader
 
 _DISTRIBUTIONS = {
     'mmdet': 'onedl-mmdetection',
@@ -43,6 +45,15 @@ _OTHER_KEYS = {
     'tta_model',
     'tta_pipeline',
 }
+_PATH_ERRORS = (
+    FileExistsError,
+    FileNotFoundError,
+    IsADirectoryError,
+    NotADirectoryError,
+    PermissionError,
+)
+# What building from a wrong config raises.
+_BUILD_ERRORS = (AssertionError, AttributeError, KeyError, TypeError, ValueError)
 
 
 class UserError(Exception):
@@ -54,7 +65,7 @@ def run(main: Callable[[], None]) -> None:
 
     Args:
         main (Callable[[], None]): The tool. All errors but ``UserError``, ``CheckpointError`` and
-            ``FileNotFoundError`` keep their traceback.
+            those of paths that are missing, forbidden or of the wrong kind keep their traceback.
 
     Example:
         >>> def main():
@@ -65,7 +76,7 @@ def run(main: Callable[[], None]) -> None:
     """
     try:
         main()
-    except FileNotFoundError as error:
+    except _PATH_ERRORS as error:
         # A data loader's worker puts its traceback into the message; the sentence comes last.
         sys.exit(f'error: {str(error).strip().splitlines()[-1]}')
     except (UserError, CheckpointError) as error:
@@ -208,8 +219,8 @@ def build_runner(cfg: Config, loops: tuple[str, ...], strict: bool) -> Runner:
         Runner: The runner.
 
     Raises:
-        UserError: If the model or a loop cannot be built. The traceback is shown with
-            ``--cfg-options log_level=DEBUG``.
+        UserError: If the model or a loop cannot be built; ``train()`` raises it for the optimizer
+            and its schedulers. The traceback is shown with ``--cfg-options log_level=DEBUG``.
 
     Example:
         >>> cfg = Config.fromfile('configs/detection/mask-rcnn_scalablevit-s_fpn_1x_coco.py')
@@ -218,20 +229,74 @@ def build_runner(cfg: Config, loops: tuple[str, ...], strict: bool) -> Runner:
     """
     _adapt_to_cpu(cfg)
     use_safe_loader()
-    try:
+    with config_errors(cfg):
         runner = RUNNERS.build(cfg)
         for loop in loops:
             getattr(runner, loop)
-    except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
-        print_log(traceback.format_exc(), logger='current', level=logging.DEBUG)
-        raise UserError(
-            f'config {cfg.filename} cannot be built: {type(error).__name__}: {error}'
-        ) from error
+    if 'train_loop' in loops:
+        _check_optimizer(cfg)
+    # The schedulers must not be built before the learning rate is scaled, so train() builds these.
+    for build in ('build_optim_wrapper', 'scale_lr', 'build_param_scheduler'):
+        setattr(runner, build, config_errors(cfg)(getattr(runner, build)))
     if strict or cfg.get('load_from'):
         _load_strictly(runner)
     if not strict:
         runner.register_hook(_NewClassesHook())
     return runner
+
+
+@contextlib.contextmanager
+def config_errors(cfg: Config) -> Iterator[None]:
+    """Turn the errors of building from a wrong config into a ``UserError`` that names it.
+
+    Args:
+        cfg (Config): The config.
+
+    Raises:
+        UserError: In place of what modules raise for unknown types and bad arguments.
+
+    Example:
+        >>> with config_errors(Config(filename='my_config.py')):
+        ...     raise TypeError("unexpected keyword argument 'depht'")
+        Traceback (most recent call last):
+        mmscalablevit.engine.cli.UserError: config my_config.py cannot be built: TypeError: ...
+    """
+    try:
+        yield
+    except _BUILD_ERRORS as error:
+        print_log(traceback.format_exc(), logger='current', level=logging.DEBUG)
+        raise UserError(
+            f'config {cfg.filename} cannot be built: {type(error).__name__}: {error}'
+        ) from error
+
+
+def load_weights(model: nn.Module, filename: str, config: str) -> dict:
+    """Load a checkpoint that must hold exactly the model's parameters.
+
+    Args:
+        model (nn.Module): The model.
+        filename (str): The checkpoint, a local file.
+        config (str): The model's config, for the message.
+
+    Returns:
+        dict: What the checkpoint holds.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        CheckpointError: If it cannot be read or does not fit; the message names what differs.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1)
+        >>> torch.save(model.state_dict(), '/tmp/linear.pth')
+        >>> load_weights(model, '/tmp/linear.pth', 'my_config.py').keys()
+        odict_keys(['weight', 'bias'])
+    """
+    checkpoint = read_checkpoint(filename, map_location='cpu')
+    try:
+        model.load_state_dict(checkpoint.get('state_dict', checkpoint))
+    except (RuntimeError, TypeError) as error:
+        raise _misfit(filename, config, error) from error
+    return checkpoint
 
 
 def _merge_options(cfg: Config, options: dict) -> None:
@@ -309,6 +374,13 @@ def _data_paths(dataset: ConfigDict) -> Iterator[str]:
     yield from (osp.join(root, name) for name in names if isinstance(name, str) and name)
 
 
+def _check_optimizer(cfg: Config) -> None:
+    # mmengine fails on an unknown one without naming it.
+    name = ((cfg.get('optim_wrapper') or {}).get('optimizer') or {}).get('type')
+    if isinstance(name, str) and OPTIMIZERS.get(name) is None:
+        raise UserError(f'config {cfg.filename}: there is no optimizer {name!r}')
+
+
 def _load_strictly(runner: Runner) -> None:
     """Make the runner refuse a checkpoint that does not fit its model; mmengine only warns."""
     load_checkpoint = runner.load_checkpoint
@@ -319,15 +391,20 @@ def _load_strictly(runner: Runner) -> None:
         except CheckpointError:
             raise
         except RuntimeError as error:
-            # The first line only says that model and checkpoint differ.
-            lines = [line for line in str(error).splitlines()[1:] if line.strip()]
-            found = '; '.join(textwrap.shorten(line, 120, placeholder=' ...') for line in lines[:3])
-            raise CheckpointError(
-                f'checkpoint {filename} does not fit the model of {runner.cfg.filename}: {found} '
-                '(weights of the backbone alone belong to model.backbone.init_cfg)'
-            ) from error
+            raise _misfit(filename, runner.cfg.filename, error) from error
 
     runner.load_checkpoint = load
+
+
+def _misfit(filename: str, config: str, error: Exception) -> CheckpointError:
+    # The first line only says that model and checkpoint differ.
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    lines = lines[1:] or lines
+    found = '; '.join(textwrap.shorten(line, 120, placeholder=' ...') for line in lines[:3])
+    return CheckpointError(
+        f'checkpoint {filename} does not fit the model of {config}: {found} '
+        '(weights of the backbone alone belong to model.backbone.init_cfg)'
+    )
 
 
 class _NewClassesHook(Hook):

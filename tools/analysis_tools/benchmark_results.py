@@ -17,6 +17,7 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator
 from mmengine.config import Config
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from mmscalablevit.engine import benchmark, cli
@@ -355,7 +356,11 @@ def read_rows(work_dirs: list[Path]) -> tuple[list[Row], list[Run]]:
     """
     models = benchmark.read_published(CONFIGS)
     rows, runs = [], []
-    for work_dir in work_dirs:
+    console = Console(stderr=True)
+    hidden = not console.is_terminal
+    for work_dir in track(
+        work_dirs, 'Reading logs', console=console, transient=True, disable=hidden
+    ):
         try:
             run = benchmark.read_run(work_dir)
         except UserError as error:

@@ -3,8 +3,12 @@
 # there is kept.
 set -euo pipefail
 
-usage='Usage: tools/misc/setup_env.sh ENV_DIR TORCH_REQUIREMENT...
-Example: tools/misc/setup_env.sh .venv torch==2.13.0 torchvision==0.28.0'
+usage='usage: tools/misc/setup_env.sh ENV_DIR TORCH_REQUIREMENT...
+example: tools/misc/setup_env.sh .venv torch==2.13.0 torchvision==0.28.0'
+if [ "${1:-}" = -h ] || [ "${1:-}" = --help ]; then
+    echo "$usage"
+    exit
+fi
 if [ $# -lt 2 ]; then
     echo "$usage" >&2
     exit 2

@@ -1,0 +1,563 @@
+# Copyright (c) mmscalablevit contributors. All rights reserved.
+"""Predict on images or a video: pictures of the predictions, and the predictions themselves."""
+
+import argparse
+import glob
+import itertools
+import json
+import math
+import os
+import sys
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import matplotlib
+import mmcv
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.registry import DATASETS, init_default_scope
+from rich.console import Console
+from rich.progress import track
+
+# Imported before any toolbox: it registers the backbone.
+from mmscalablevit.engine import cli
+from mmscalablevit.engine.cli import UserError
+
+matplotlib.use('Agg')
+
+IMAGES = {'.bmp', '.jpeg', '.jpg', '.png', '.ppm', '.tif', '.tiff', '.webp'}
+VIDEOS = {'.avi', '.m4v', '.mkv', '.mov', '.mp4', '.mpeg', '.mpg', '.webm'}
+DEFAULT_SCORE_THRESHOLD = 0.3
+# Of a classifier's classes, as many as are written.
+TOP = 5
+# A class gets its name where it reaches this far around a pixel.
+MIN_DEPTH = 6
+
+
+@dataclass(frozen=True)
+class Frame:
+    """An image to predict on.
+
+    Args:
+        name (str): Its path below the folder that all inputs share, which the outputs keep.
+        image (np.ndarray): (H, W, 3) uint8, BGR.
+        number (int): Its place among the inputs, from 0.
+    """
+
+    name: str
+    image: np.ndarray
+    number: int
+
+    @property
+    def rgb(self) -> np.ndarray:
+        """The image as the visualizers want it."""
+        return np.ascontiguousarray(self.image[..., ::-1])
+
+
+class Detector:
+    """Boxes and masks, written together as one file in COCO's format.
+
+    Args:
+        cfg (Config): Its config.
+        device (str): Where it runs.
+        score_threshold (float): Detections below it are left out.
+    """
+
+    def __init__(self, cfg: Config, device: str, score_threshold: float) -> None:
+        from mmdet.apis import DetInferencer
+        from mmdet.visualization import DetLocalVisualizer
+
+        self.inferencer = DetInferencer(cfg, device=device, show_progress=False)
+        self.visualizer = DetLocalVisualizer()
+        self.score_threshold = score_threshold
+        self.images: list[dict] = []
+        self.annotations: list[dict] = []
+
+    @staticmethod
+    def num_classes(model: torch.nn.Module) -> int | None:
+        """The number of classes, where the model has a head that tells it."""
+        head = getattr(getattr(model, 'roi_head', model), 'bbox_head', None)
+        head = head[0] if isinstance(head, torch.nn.ModuleList) else head
+        return getattr(head, 'num_classes', None)
+
+    def write(self, frame: Frame, sample, out_dir: Path) -> None:
+        """Keep the detections of an image."""
+        instances = sample.pred_instances
+        sample.pred_instances = instances[instances.scores >= self.score_threshold]
+        found = self.inferencer.pred2dict(sample)
+        height, width = frame.image.shape[:2]
+        self.images.append(dict(id=frame.number, file_name=frame.name, height=height, width=width))
+        for i, (x1, y1, x2, y2) in enumerate(found['bboxes']):
+            width, height = x2 - x1, y2 - y1
+            annotation = dict(
+                id=len(self.annotations) + 1,
+                image_id=frame.number,
+                category_id=found['labels'][i] + 1,
+                bbox=[x1, y1, width, height],
+                area=width * height,
+                score=found['scores'][i],
+                iscrowd=0,
+            )
+            if 'masks' in found:
+                annotation['segmentation'] = found['masks'][i]
+            self.annotations.append(annotation)
+
+    def draw(self, frame: Frame, sample) -> np.ndarray:
+        """The image with boxes, masks, names and scores, RGB."""
+        # What is below the threshold was taken out before.
+        self.visualizer.add_datasample(
+            '', frame.rgb, sample, draw_gt=False, pred_score_thr=-math.inf
+        )
+        return self.visualizer.get_image()
+
+    def finish(self, out_dir: Path) -> list[Path]:
+        """Write the file."""
+        names = self.visualizer.dataset_meta['classes']
+        categories = [dict(id=i, name=name) for i, name in enumerate(names, start=1)]
+        content = dict(images=self.images, categories=categories, annotations=self.annotations)
+        return [_write_json(out_dir / 'predictions.json', content)]
+
+
+class Segmentor:
+    """Label maps, a png for each image, and the names of the classes beside them.
+
+    Args:
+        cfg (Config): Its config.
+        device (str): Where it runs.
+    """
+
+    def __init__(self, cfg: Config, device: str) -> None:
+        from mmseg.apis import MMSegInferencer
+        from mmseg.visualization import SegLocalVisualizer
+
+        self.inferencer = MMSegInferencer(cfg, device=device, show_progress=False)
+        self.visualizer = SegLocalVisualizer(alpha=0.6)
+        self.written: set[Path] = set()
+
+    @staticmethod
+    def num_classes(model: torch.nn.Module) -> int | None:
+        """The number of classes."""
+        return getattr(model.decode_head, 'num_classes', None)
+
+    def write(self, frame: Frame, sample, out_dir: Path) -> None:
+        """Write the label map of an image."""
+        path = (out_dir / 'label_maps' / frame.name).with_suffix('.png')
+        if path in self.written:
+            raise UserError(f'{path} is the label map of two inputs; predict on them separately')
+        self.written.add(path)
+        mmcv.imwrite(sample.pred_sem_seg.data[0].numpy().astype(np.uint8), str(path))
+
+    def draw(self, frame: Frame, sample) -> np.ndarray:
+        """The image under the colors and names of its classes, RGB."""
+        # mmseg's own way to place the names takes seconds for each image.
+        self.visualizer.add_datasample('', frame.rgb, sample, draw_gt=False, with_labels=False)
+        labels = sample.pred_sem_seg.data[0].numpy()
+        for label in np.unique(labels):
+            # Where the class is farthest from others; the image's border counts as such.
+            region = np.pad(labels == label, 1).astype(np.uint8)
+            depth = cv2.distanceTransform(region, cv2.DIST_L2, 3)[1:-1, 1:-1]
+            y, x = np.unravel_index(depth.argmax(), depth.shape)
+            if depth[y, x] < MIN_DEPTH:
+                continue
+            self.visualizer.draw_texts(
+                self.visualizer.dataset_meta['classes'][label],
+                np.array([x, y]),
+                colors='white',
+                vertical_alignments='center',
+                horizontal_alignments='center',
+                bboxes=dict(facecolor='black', alpha=0.5, pad=0.7, edgecolor='none'),
+            )
+        return self.visualizer.get_image()
+
+    def finish(self, out_dir: Path) -> list[Path]:
+        """Write what the numbers in the label maps stand for."""
+        meta = self.visualizer.dataset_meta
+        colors = [list(map(int, color)) for color in meta['palette']]
+        classes = [
+            dict(label=i, name=name, color=color)
+            for i, (name, color) in enumerate(zip(meta['classes'], colors, strict=False))
+        ]
+        return [out_dir / 'label_maps', _write_json(out_dir / 'classes.json', classes)]
+
+
+class Classifier:
+    """The best classes of each image with their scores, written together as one file.
+
+    Args:
+        cfg (Config): Its config.
+        device (str): Where it runs.
+    """
+
+    def __init__(self, cfg: Config, device: str) -> None:
+        from mmpretrain import ImageClassificationInferencer
+        from mmpretrain.visualization import UniversalVisualizer
+
+        self.inferencer = ImageClassificationInferencer(cfg, pretrained=False, device=device)
+        self.visualizer = UniversalVisualizer()
+        self.predictions: list[dict] = []
+
+    @staticmethod
+    def num_classes(model: torch.nn.Module) -> int | None:
+        """The number of classes, the outputs of the last linear layer."""
+        widths = [m.out_features for m in model.head.modules() if isinstance(m, torch.nn.Linear)]
+        return widths[-1] if widths else None
+
+    def write(self, frame: Frame, sample, out_dir: Path) -> None:
+        """Keep the best classes of an image."""
+        names = self.visualizer.dataset_meta['classes']
+        scores, labels = sample.pred_score.topk(min(TOP, len(names)))
+        classes = [
+            dict(label=label, name=names[label], score=score)
+            for label, score in zip(labels.tolist(), scores.tolist(), strict=True)
+        ]
+        self.predictions.append(dict(file_name=frame.name, classes=classes))
+
+    def draw(self, frame: Frame, sample) -> np.ndarray:
+        """The image with its class, RGB."""
+        self.visualizer.visualize_cls(frame.rgb, sample, draw_gt=False)
+        return self.visualizer.get_image()
+
+    def finish(self, out_dir: Path) -> list[Path]:
+        """Write the file."""
+        return [_write_json(out_dir / 'predictions.json', self.predictions)]
+
+
+PREDICTORS = dict(mmdet=Detector, mmseg=Segmentor, mmpretrain=Classifier)
+
+
+def build_predictor(
+    cfg: Config, checkpoint: str, device: str, score_threshold: float | None = None
+) -> Detector | Segmentor | Classifier:
+    """Build the predictor of a config's toolbox with the weights and class names of a checkpoint.
+
+    Args:
+        cfg (Config): The config.
+        checkpoint (str): The checkpoint, which must fit.
+        device (str): Where it runs.
+        score_threshold (float, optional): For detectors alone. Defaults to None, which is 0.3.
+
+    Returns:
+        Detector | Segmentor | Classifier: Ready to predict.
+
+    Raises:
+        UserError: If the config is of no toolbox or cannot be built, or classes are unknown.
+        CheckpointError: If the checkpoint does not fit.
+    """
+    scope = cfg.get('default_scope')
+    if scope not in PREDICTORS:
+        raise UserError(
+            f'config {cfg.filename} has default_scope={scope!r}, which must be one of '
+            f'{", ".join(PREDICTORS)}'
+        )
+    options = {}
+    if scope == 'mmdet':
+        options['score_threshold'] = (
+            DEFAULT_SCORE_THRESHOLD if score_threshold is None else score_threshold
+        )
+    elif score_threshold is not None:
+        raise UserError(f'--score-thr is for detectors, and {cfg.filename} is of {scope}')
+    init_default_scope(scope)
+    # Weights and names come below: the toolboxes take a checkpoint that fits in part, and COCO's
+    # or Cityscapes' names where it has none.
+    with warnings.catch_warnings(), cli.config_errors(cfg):
+        warnings.simplefilter('ignore')
+        predictor = PREDICTORS[scope](cfg, device, **options)
+    model = predictor.inferencer.model
+    meta = cli.load_weights(model, checkpoint, cfg.filename).get('meta') or {}
+    predictor.visualizer.dataset_meta = read_classes(
+        meta, cfg, checkpoint, predictor.num_classes(model)
+    )
+    return predictor
+
+
+def read_classes(meta: dict, cfg: Config, checkpoint: str, num_classes: int | None) -> dict:
+    """Find names and colors of the classes: in the checkpoint, else in the config's data set.
+
+    Args:
+        meta (dict): The checkpoint's ``meta``.
+        cfg (Config): The config.
+        checkpoint (str): The checkpoint's name, for messages.
+        num_classes (int, optional): How many the model has, if known.
+
+    Returns:
+        dict: ``classes``, and ``palette`` with an RGB color for each.
+
+    Raises:
+        UserError: If there are no names, or not as many as the model has classes.
+    """
+    found = {key.lower(): value for key, value in (meta.get('dataset_meta') or meta).items()}
+    source = f'checkpoint {checkpoint}'
+    if not found.get('classes'):
+        source = f'the test data set of {cfg.filename}'
+        with cli.config_errors(cfg):
+            found = DATASETS.build(dict(cfg.test_dataloader.dataset, lazy_init=True)).metainfo
+        print(f'no class names in checkpoint {checkpoint}: taking those of {source}')
+    names = found.get('classes')
+    if not names:
+        raise UserError(
+            f'no class names: neither meta.dataset_meta of checkpoint {checkpoint} nor the test '
+            f'data set of {cfg.filename} has "classes"'
+        )
+    names = [names] if isinstance(names, str) else list(names)
+    if num_classes not in (None, len(names)):
+        raise UserError(f'{source} has {len(names)} class names for a model of {num_classes}')
+    palette = found.get('palette')
+    # Where a data set has no colors of its own, its class may leave it those of all its classes.
+    if not isinstance(palette, list | tuple) or len(palette) < len(names):
+        palette = np.random.default_rng(0).integers(30, 226, (len(names), 3)).tolist()
+    return dict(classes=names, palette=[tuple(color) for color in palette][: len(names)])
+
+
+def find_inputs(given: str) -> list[Path]:
+    """Find the images or the video that the user means.
+
+    Args:
+        given (str): An image, a video, a folder of images, or a pattern of images.
+
+    Returns:
+        list[Path]: Images in the order of their names, or a single video.
+
+    Raises:
+        UserError: If there is nothing, or something else.
+    """
+    path = Path(given)
+    if path.is_dir():
+        found = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGES)
+        if not found:
+            raise UserError(f'folder {path} holds no image ({", ".join(sorted(IMAGES))})')
+        return found
+    if path.is_file():
+        found = [path]
+    else:
+        found = [Path(name) for name in sorted(glob.glob(given, recursive=True))]
+        found = [path for path in found if path.is_file()]
+    if not found:
+        raise UserError(f'input {given} does not exist')
+    allowed = IMAGES | VIDEOS if len(found) == 1 else IMAGES
+    for path in found:
+        if path.suffix.lower() not in allowed:
+            raise UserError(
+                f'input {path} must be one of: {", ".join(sorted(allowed))}; videos one at a time'
+            )
+    return found
+
+
+def read_images(paths: list[Path]) -> Iterator[Frame]:
+    """Read images.
+
+    Args:
+        paths (list[Path]): The files.
+
+    Yields:
+        Frame: An image.
+
+    Raises:
+        UserError: If a file cannot be read.
+    """
+    root = Path(os.path.commonpath([path.resolve().parent for path in paths]))
+    for number, path in enumerate(paths):
+        image = mmcv.imread(str(path))
+        if image is None:
+            raise UserError(f'cannot read image {path}')
+        yield Frame(str(path.resolve().relative_to(root)), image, number)
+
+
+class Video:
+    """A video to read frame by frame.
+
+    Args:
+        path (Path): The file.
+
+    Raises:
+        UserError: If it cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.capture = cv2.VideoCapture(str(path))
+        if not self.capture.isOpened():
+            raise UserError(f'cannot read video {path}')
+        self.fps = self.capture.get(cv2.CAP_PROP_FPS) or 25.0
+        # A guess of the container's, which may be 0.
+        self.num_frames = int(self.capture.get(cv2.CAP_PROP_FRAME_COUNT))
+
+    def __iter__(self) -> Iterator[Frame]:
+        """The frames, in ``VIDEO/000000.jpg`` and so on."""
+        for number in itertools.count():
+            read, image = self.capture.read()
+            if not read:
+                break
+            yield Frame(f'{self.path.stem}/{number:06d}.jpg', image, number)
+        self.capture.release()
+        if not number:
+            raise UserError(f'video {self.path} has no frame')
+
+
+class VideoWriter:
+    """Writes an mp4 whose size is that of the first frame.
+
+    Args:
+        path (Path): The file.
+        fps (float): Frames per second.
+    """
+
+    def __init__(self, path: Path, fps: float) -> None:
+        self.path = path
+        self.fps = fps
+        self.writer: cv2.VideoWriter | None = None
+
+    def add(self, image: np.ndarray) -> None:
+        """Append a frame, BGR."""
+        if self.writer is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            size = image.shape[1::-1]
+            code = cv2.VideoWriter_fourcc(*'mp4v')
+            self.writer = cv2.VideoWriter(str(self.path), code, self.fps, size)
+            if not self.writer.isOpened():
+                raise UserError(f'cannot write {self.path}: this OpenCV has no encoder for mp4')
+        self.writer.write(image)
+
+    def close(self) -> None:
+        """Complete the file."""
+        if self.writer is not None:
+            self.writer.release()
+
+
+def predict(
+    predictor: Detector | Segmentor | Classifier, frames: Iterable[Frame], batch_size: int
+) -> Iterator[tuple]:
+    """Predict batch by batch.
+
+    Args:
+        predictor (Detector | Segmentor | Classifier): What predicts.
+        frames (Iterable[Frame]): Images of any size.
+        batch_size (int): Images in a batch.
+
+    Yields:
+        tuple: An image and its data sample, on the CPU.
+    """
+    inferencer = predictor.inferencer
+    for batch in _batches(frames, batch_size, isinstance(predictor, Segmentor)):
+        for data in inferencer.preprocess([frame.image for frame in batch], len(batch)):
+            # mmdet's inferencer gives the inputs before the data.
+            data = data if isinstance(data, dict) else data[1]
+            samples = inferencer.forward(data)
+        yield from ((frame, sample.cpu()) for frame, sample in zip(batch, samples, strict=True))
+
+
+def _batches(frames: Iterable[Frame], batch_size: int, of_one_size: bool) -> Iterator[list[Frame]]:
+    # mmseg takes no batch of several sizes.
+    sizes = itertools.groupby(frames, lambda frame: frame.image.shape if of_one_size else None)
+    for _, group in sizes:
+        while batch := list(itertools.islice(group, batch_size)):
+            yield batch
+
+
+def run(
+    predictor: Detector | Segmentor | Classifier, paths: list[Path], out_dir: Path, batch_size: int
+) -> list[Path]:
+    """Predict and write pictures, or a video, and the predictions.
+
+    Args:
+        predictor (Detector | Segmentor | Classifier): What predicts.
+        paths (list[Path]): Images or a video.
+        out_dir (Path): Folder to write to.
+        batch_size (int): Images in a batch.
+
+    Returns:
+        list[Path]: What was written.
+    """
+    video = Video(paths[0]) if paths[0].suffix.lower() in VIDEOS else None
+    frames = read_images(paths) if video is None else video
+    total = len(paths) if video is None else video.num_frames or None
+    drawn = out_dir / 'vis'
+    writer = VideoWriter(drawn / f'{paths[0].stem}.mp4', video.fps) if video else None
+    samples = predict(predictor, frames, batch_size)
+    console = Console(stderr=True)
+    for frame, sample in track(samples, 'Predicting', total=total, console=console):
+        predictor.write(frame, sample, out_dir)
+        picture = np.ascontiguousarray(predictor.draw(frame, sample)[..., ::-1])
+        if writer is not None:
+            writer.add(picture)
+        else:
+            mmcv.imwrite(picture, str(drawn / frame.name))
+    if writer is not None:
+        writer.close()
+    return [writer.path if writer else drawn, *predictor.finish(out_dir)]
+
+
+def _write_json(path: Path, content: dict | list) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content) + '\n', encoding='utf-8')
+    return path
+
+
+def _check_device(name: str) -> None:
+    try:
+        torch.zeros(1, device=name)
+    # Also what torch asserts where it is compiled without CUDA.
+    except (AssertionError, RuntimeError) as error:
+        raise UserError(f'--device {name}: {str(error).splitlines()[0]}') from error
+
+
+def parse_args() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description='Predict on images or a video with a trained detector, segmentor or '
+        'classifier. Writes pictures (or a video) to DIR/vis, and beside them predictions.json '
+        '(detections in COCO format, or classes) or the folder label_maps (segmentation).',
+        epilog="example: python demo/image_demo.py 'photos/*.jpg' "
+        'configs/detection/mask-rcnn_scalablevit-s_fpn_1x_coco.py epoch_12.pth --out-dir predicted',
+    )
+    parser.add_argument(
+        'input', metavar='INPUT', help='image, folder of images, quoted pattern, or video'
+    )
+    parser.add_argument('config', metavar='CONFIG', help='config of the model')
+    parser.add_argument('checkpoint', metavar='CHECKPOINT', help='checkpoint of the whole model')
+    parser.add_argument(
+        '--out-dir', metavar='DIR', type=Path, required=True, help='folder to write to'
+    )
+    parser.add_argument('--batch-size', type=int, default=1, help='images in a batch (default: 1)')
+    parser.add_argument('--device', help='such as cpu or cuda:0 (default: the accelerator, if any)')
+    parser.add_argument(
+        '--score-thr',
+        type=float,
+        help='detections below it are neither drawn nor written '
+        f'(default: {DEFAULT_SCORE_THRESHOLD})',
+    )
+    args = parser.parse_args()
+    if args.batch_size < 1:
+        parser.error(f'--batch-size must be at least 1, got {args.batch_size}')
+    if args.score_thr is not None and not 0 <= args.score_thr <= 1:
+        parser.error(f'--score-thr must be from 0 to 1, got {args.score_thr}')
+    return args
+
+
+def main() -> None:
+    """Predict."""
+    args = parse_args()
+    paths = find_inputs(args.input)
+    device = args.device or get_device()
+    _check_device(device)
+    options = argparse.Namespace(
+        config=args.config, work_dir=None, cfg_options=None, launcher='none'
+    )
+    cfg = cli.load_config(options)
+    predictor = build_predictor(cfg, args.checkpoint, device, args.score_thr)
+    # mmengine's visualizer says it of every shape that touches the border.
+    warnings.filterwarnings('ignore', r'Warning: The (bbox|polygon) is out of bounds')
+    for path in run(predictor, paths, args.out_dir, args.batch_size):
+        print(f'wrote {path}')
+
+
+if __name__ == '__main__':
+    try:
+        cli.run(main)
+    except KeyboardInterrupt:
+        print('interrupted', file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,241 @@
+# Copyright (c) mmscalablevit contributors. All rights reserved.
+"""What all command lines have in common: help with an example, and one sentence for an error."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+
+import pytest
+from doc_blocks import ROOT, environment
+
+PYTHON = sorted(
+    str(path.relative_to(ROOT))
+    for folder in ('tools', 'demo')
+    for path in (ROOT / folder).glob('**/*.py')
+)
+SHELL = sorted(str(path.relative_to(ROOT)) for path in (ROOT / 'tools').glob('**/*.sh'))
+DETECTOR = str(ROOT / 'tests' / 'data' / 'tiny_mask-rcnn.py')
+SEGMENTOR = str(ROOT / 'tests' / 'data' / 'tiny_upernet.py')
+# Of each tool, command lines with one thing missing or wrong, and the word that names it.
+MISTAKES = {
+    'demo/image_demo.py': [
+        (f'nowhere.jpg {DETECTOR} nowhere.pth --out-dir out', 'nowhere.jpg'),
+        ('shapes nowhere.py nowhere.pth --out-dir out', 'nowhere.py'),
+        (f'shapes {DETECTOR} nowhere.pth --out-dir out', 'nowhere.pth'),
+        (f'shapes {DETECTOR} broken.pth --out-dir out', 'broken.pth'),
+    ],
+    'tools/analysis_tools/benchmark.py': [('--models nowhere', 'nowhere')],
+    'tools/analysis_tools/benchmark_results.py': [('nowhere', 'nowhere')],
+    'tools/analysis_tools/demo_report.py': [
+        ('--det-dir nowhere --seg-dir nowhere --data shapes --out-dir out', 'nowhere'),
+    ],
+    'tools/analysis_tools/paper_table.py': [('--markdown --json', '--json')],
+    'tools/analysis_tools/plot_logs.py': [('nowhere --out curves.png', 'nowhere')],
+    'tools/analysis_tools/visualize_backbone.py': [
+        ('nowhere.jpg --out-dir out', 'nowhere.jpg'),
+        ('shapes/photo.jpg --config nowhere.py --out-dir out', 'nowhere.py'),
+    ],
+    'tools/benchmark_all.py': [('nowhere', 'nowhere')],
+    'tools/dataset_converters/check_data.py': [
+        ('nowhere.py', 'nowhere.py'),
+        ('coco --root nowhere --cfg-options a', '--cfg-options'),
+    ],
+    'tools/dataset_converters/shapes.py': [('file.txt', 'file.txt')],
+    'tools/deployment/export_onnx.py': [('nowhere.py --out model.onnx', 'nowhere.py')],
+    'tools/model_converters/mm_to_scalablevit.py': [
+        ('nowhere.pth out.pth', 'nowhere.pth'),
+        ('broken.pth out.pth', 'broken.pth'),
+    ],
+    'tools/model_converters/publish_model.py': [
+        ('nowhere.pth out.pth', 'nowhere.pth'),
+        ('broken.pth out.pth', 'broken.pth'),
+    ],
+    'tools/model_converters/scalablevit_to_mm.py': [
+        ('nowhere.pth out.pth', 'nowhere.pth'),
+        ('broken.pth out.pth', 'broken.pth'),
+    ],
+    'tools/test.py': [
+        ('nowhere.py nowhere.pth', 'nowhere.py'),
+        ('broken.py nowhere.pth', 'broken.py'),
+        (f'{DETECTOR} nowhere.pth', 'nowhere.pth'),
+        (f'{DETECTOR} broken.pth --out nowhere.txt', 'nowhere.txt'),
+    ],
+    'tools/train.py': [
+        ('nowhere.py', 'nowhere.py'),
+        ('broken.py', 'broken.py'),
+        (f'{DETECTOR} --resume nowhere.pth', 'nowhere.pth'),
+        (f'{DETECTOR} --cfg-options modell.type=RetinaNet', 'modell'),
+        (f'{DETECTOR} --cfg-options train_dataloader.dataset.data_root=nowhere', 'nowhere'),
+        (f'{SEGMENTOR} --work-dir file.txt', 'file.txt'),
+        ('no_optimizer.py --amp', 'no_optimizer.py'),
+        *(
+            (f'{SEGMENTOR} --work-dir {number} --cfg-options {option}', named)
+            for number, (option, named) in enumerate(
+                [
+                    ('optim_wrapper.optimizer.type=Adamm', 'Adamm'),
+                    ('optim_wrapper.optimizer.learning_rate=1', 'learning_rate'),
+                    ('optim_wrapper.optimizer.lr=-1', '-1'),
+                    ('optim_wrapper.constructor=Nowhere', 'Nowhere'),
+                    ('param_scheduler.0.type=Nowhere', 'Nowhere'),
+                    ('param_scheduler.1.gamma=0.5', 'gamma'),
+                    ('train_cfg.max_iter=3', 'max_iter'),
+                ]
+            )
+        ),
+    ],
+}
+SHELL_MISTAKES = {
+    'tools/demo.sh': [('a b', 2)],
+    'tools/dist_test.sh': [
+        ('', 2),
+        ('nowhere.py x.pth 1', 1),
+        (f'{DETECTOR} nowhere.pth 1', 1),
+        (f'{DETECTOR} broken.pth many', 1),
+    ],
+    'tools/dist_train.sh': [('', 2), ('nowhere.py 1', 1), (f'{DETECTOR} many', 1)],
+    'tools/misc/setup_env.sh': [('', 2)],
+    'tools/slurm_test.sh': [
+        ('', 2),
+        ('gpu job nowhere.py x.pth', 1),
+        (f'gpu job {DETECTOR} nowhere.pth', 1),
+    ],
+    'tools/slurm_train.sh': [('', 2), ('gpu job nowhere.py work', 1)],
+}
+# One process imports the toolboxes; each command is a fork of it, and its output a file. A fork
+# ends without tearing its modules down, which takes longer than most commands.
+DRIVER = """
+import gc, json, os, runpy, sys, traceback
+import mmscalablevit, mmdet.apis, mmseg.apis, mmpretrain.apis
+gc.freeze()
+for number, command in enumerate(json.load(sys.stdin)):
+    pid = os.fork()
+    if not pid:
+        out = os.open(f'{number}.log', os.O_WRONLY | os.O_CREAT)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+        sys.argv = command
+        sys.path[0] = os.path.dirname(command[0])
+        code = 0
+        try:
+            runpy.run_path(command[0], run_name='__main__')
+        except SystemExit as stopped:
+            code = stopped.code or 0
+            if not isinstance(code, int):
+                print(code, file=sys.stderr)
+                code = 1
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+CASES = [(tool, '--help', '') for tool in PYTHON] + [
+    (tool, arguments, named) for tool in PYTHON for arguments, named in MISTAKES.get(tool, [])
+]
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    """A folder with a data set of one photo, a damaged checkpoint and damaged configs."""
+    folder = tmp_path_factory.mktemp('habits')
+    command = [sys.executable, str(ROOT / 'tools/dataset_converters/shapes.py'), 'shapes']
+    small = ['--num-train', '4', '--num-val', '2', '--size', '64', '--workers', '1']
+    subprocess.run(
+        [*command, *small], cwd=folder, env=environment(), check=True, capture_output=True
+    )
+    photo = folder / 'shapes' / 'photo.jpg'
+    photo.write_bytes((folder / 'shapes/images/training/000001.jpg').read_bytes())
+    (folder / 'broken.pth').write_bytes(b'no checkpoint')
+    (folder / 'broken.py').write_text('model = dict(\n')
+    (folder / 'file.txt').write_text('no folder')
+    (folder / 'no_optimizer.py').write_text("default_scope = 'mmdet'\nmodel = dict(type='A')\n")
+    return folder
+
+
+@pytest.fixture(scope='module')
+def outcomes(folder):
+    """The exit code and output of every command."""
+    commands = [[str(ROOT / tool), *shlex.split(words)] for tool, words, _ in CASES]
+    process = subprocess.run(
+        [sys.executable, '-c', DRIVER],
+        input=json.dumps(commands),
+        cwd=folder,
+        env={**environment(), 'SHAPES_ROOT': 'shapes', 'COLUMNS': '200'},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert process.returncode == 0, process.stderr[-4000:]
+    codes = [int(line) for line in process.stdout.splitlines() if line.lstrip('-').isdigit()]
+    assert len(codes) == len(CASES)
+    said = [(folder / f'{number}.log').read_text() for number in range(len(CASES))]
+    return dict(zip(CASES, zip(codes, said, strict=True), strict=True))
+
+
+@pytest.mark.parametrize('tool', PYTHON)
+def test_help_has_an_example(tool, outcomes):
+    code, said = outcomes[tool, '--help', '']
+
+    assert code == 0, said[-2000:]
+    assert f'example: python {tool} ' in ' '.join(said.split()) + ' '
+
+
+@pytest.mark.parametrize('tool', PYTHON)
+def test_mistakes_are_known(tool):
+    assert MISTAKES.get(tool), f'say in MISTAKES how {tool} can be called wrongly'
+
+
+@pytest.mark.parametrize(
+    'case', CASES[len(PYTHON) :], ids=lambda case: f'{case[0]}-{case[1]}'.replace(str(ROOT), '')
+)
+def test_mistake_ends_in_one_sentence(case, outcomes):
+    code, said = outcomes[case]
+
+    assert code > 0, said[-2000:]
+    assert 'Traceback' not in said, said[-3000:]
+    errors = [line for line in said.splitlines() if 'error: ' in line]
+    assert len(errors) == 1, said[-2000:]
+    assert case[2] in errors[0]
+    # The sentence is the last thing said.
+    assert said.rstrip().endswith(errors[0])
+
+
+@pytest.mark.parametrize('tool', SHELL)
+@pytest.mark.parametrize('flag', ['--help', '-h'])
+def test_help_of_a_script_has_an_example(tool, flag):
+    said = subprocess.run(
+        ['bash', str(ROOT / tool), flag], capture_output=True, text=True, check=True
+    )
+
+    assert said.stdout.startswith('usage: ')
+    assert '\nexample: ' in said.stdout
+    assert not said.stderr
+    assert os.access(ROOT / tool, os.X_OK)
+
+
+@pytest.mark.parametrize(
+    ('tool', 'words', 'code'),
+    [(tool, *mistake) for tool in SHELL for mistake in SHELL_MISTAKES.get(tool, [('', None)])],
+)
+def test_mistake_in_a_script_ends_in_one_sentence(tool, words, code, folder):
+    assert code is not None, f'say in SHELL_MISTAKES how {tool} can be called wrongly'
+    process = subprocess.run(
+        ['bash', str(ROOT / tool), *shlex.split(words)],
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+
+    assert process.returncode == code
+    assert not process.stdout
+    if code == 2:
+        assert process.stderr.startswith('usage: ')
+        assert '\nexample: ' in process.stderr
+    else:
+        assert process.stderr.startswith('error: ')
+        assert process.stderr.count('\n') == 1

@@ -1,0 +1,148 @@
+# Copyright (c) mmscalablevit contributors. All rights reserved.
+"""Plot the curves of several trainings into one figure: loss, learning rate and metrics."""
+
+import argparse
+from pathlib import Path
+
+import matplotlib
+from matplotlib import pyplot as plt
+from rich.console import Console
+from rich.progress import track
+
+from mmscalablevit.engine import benchmark, cli
+from mmscalablevit.engine.cli import UserError
+
+matplotlib.use('Agg')
+
+# Endings that matplotlib writes without further packages.
+FORMATS = ('.jpg', '.pdf', '.png', '.svg')
+
+
+def labels(runs: list[benchmark.Run]) -> list[str]:
+    """Name the runs.
+
+    Args:
+        runs (list[benchmark.Run]): The runs.
+
+    Returns:
+        list[str]: The names of their work directories, or whole paths where names repeat.
+    """
+    names = [run.work_dir.resolve().name for run in runs]
+    return names if len({*names}) == len(names) else [str(run.work_dir) for run in runs]
+
+
+def train_curve(run: benchmark.Run, key: str) -> tuple[list[int], list[float]]:
+    """A logged training scalar.
+
+    Args:
+        run (benchmark.Run): The run.
+        key (str): Its key in the log, such as 'loss'.
+
+    Returns:
+        tuple[list[int], list[float]]: Iterations and values.
+    """
+    steps = [step for step in sorted(run.train) if key in run.train[step]]
+    return steps, [run.train[step][key] for step in steps]
+
+
+def metric_curve(run: benchmark.Run, metric: str) -> tuple[list[float], list[float]]:
+    """A validation metric.
+
+    Args:
+        run (benchmark.Run): The run.
+        metric (str): Its name in ``benchmark.METRICS``.
+
+    Returns:
+        tuple[list[float], list[float]]: Iterations and values.
+    """
+    found = {step: run.validations[step].metrics.get(metric) for step in sorted(run.validations)}
+    found = {step: value for step, value in found.items() if value is not None}
+    length = 1 if run.unit == 'iteration' else run.epoch_length
+    if length is None and found:
+        raise UserError(
+            f'{run.work_dir} does not tell how many iterations an epoch has: its '
+            'YYYYMMDD_HHMMSS/*.log is missing'
+        )
+    return [step * length for step in found], list(found.values())
+
+
+def draw(runs: list[benchmark.Run], path: Path) -> None:
+    """Draw a panel for the loss, the learning rate and every metric that a run has.
+
+    Args:
+        runs (list[benchmark.Run]): The runs.
+        path (Path): The picture to write.
+    """
+    panels = {'training loss': 'loss', 'learning rate': 'lr'}
+    curves = {title: [train_curve(run, key) for run in runs] for title, key in panels.items()} | {
+        metric: [metric_curve(run, metric) for run in runs] for metric in benchmark.METRICS
+    }
+    curves = {title: lines for title, lines in curves.items() if any(steps for steps, _ in lines)}
+
+    columns = min(2, len(curves))
+    rows = -(-len(curves) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(6.5 * columns, 4 * rows), squeeze=False, layout='constrained'
+    )
+    colors = plt.get_cmap('tab10' if len(runs) <= 10 else 'tab20').colors
+    names = labels(runs)
+    last = max(max(run.train) for run in runs)
+    for axis, (title, lines) in zip(axes.flat, curves.items(), strict=False):
+        # Few points, such as an evaluation each epoch, are marked.
+        marker = '' if title in panels else 'o'
+        for i, ((steps, values), name) in enumerate(zip(lines, names, strict=True)):
+            color = colors[i % len(colors)]
+            axis.plot(steps, values, color=color, marker=marker, markersize=3, label=name)
+        axis.set(title=title, xlabel='iteration', xlim=(0, 1.02 * last))
+        axis.grid(alpha=0.3)
+    for axis in list(axes.flat)[len(curves) :]:
+        axis.set_axis_off()
+    handles, texts = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, texts, loc='outside lower center', frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def parse_args() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description='Plot loss, learning rate and validation metrics '
+        f'({", ".join(benchmark.METRICS)}) of trainings, finished or running, into one figure. '
+        'A resumed training is one curve.',
+        epilog='example: python tools/analysis_tools/plot_logs.py '
+        'work_dirs/mask-rcnn_scalablevit-s_fpn_1x_coco work_dirs/mask-rcnn_swin-t_fpn_1x_coco '
+        '--out curves.png',
+    )
+    parser.add_argument(
+        'runs',
+        nargs='+',
+        type=Path,
+        metavar='RUN',
+        help='--work-dir of a training, or a folder of such, like work_dirs',
+    )
+    parser.add_argument(
+        '--out', type=Path, required=True, metavar='FILE', help='picture: ' + ', '.join(FORMATS)
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Plot."""
+    args = parse_args()
+    if args.out.suffix.lower() not in FORMATS:
+        raise UserError(f'--out must end in one of {", ".join(FORMATS)}, got {args.out}')
+    folders = benchmark.find_work_dirs(args.runs)
+    runs = [
+        benchmark.read_run(folder)
+        for folder in track(folders, 'Reading logs', console=Console(stderr=True))
+    ]
+    empty = [str(run.work_dir) for run in runs if not run.train]
+    if empty:
+        raise UserError(f'no training was logged in {", ".join(empty)}')
+    draw(runs, args.out)
+    print(f'wrote {args.out}')
+
+
+if __name__ == '__main__':
+    cli.run(main)
