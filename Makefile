@@ -1,4 +1,5 @@
-# make env | demo | test | lint. An active virtual or conda environment is used, else .venv is made.
+# make env | demo | test | lint | docs. An active virtual or conda environment is used, else .venv
+# is made.
 CONDA_ENV := $(if $(filter-out base,$(CONDA_DEFAULT_ENV)),$(CONDA_PREFIX))
 ENV ?= $(or $(VIRTUAL_ENV),$(CONDA_ENV),.venv)
 PYTHON := $(ENV)/bin/python
@@ -6,7 +7,7 @@ TORCH ?= torch==2.13.0 torchvision==0.28.0
 STAMP := $(ENV)/.mmscalablevit-installed
 DEMO_DIR ?= work_dirs/demo
 
-.PHONY: env demo test lint
+.PHONY: env demo test lint docs
 
 env:
 	@tools/misc/setup_env.sh "$(ENV)" $(TORCH)
@@ -24,3 +25,7 @@ test: $(STAMP)
 lint: $(STAMP)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+
+docs: $(STAMP)
+	$(PYTHON) docs/model_zoo.py
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict

@@ -2,29 +2,20 @@
 """The page on own data sets: its files and commands, in their order, on a few small images."""
 
 import json
-import os
-import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from doc_blocks import LOADERS, ROOT, environment, read_blocks, run_commands
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
-ROOT = Path(__file__).parents[1]
 PAGE = ROOT / 'docs' / 'custom_dataset.md'
-BLOCK = re.compile(r'<!-- tested: (\w+) ?(\S*) -->\n```\w+\n(.*?)```', re.DOTALL)
 # For speed: small images, few iterations and proposals, no optimizer in the checkpoints.
-LOADERS = [
-    f'{loader}_dataloader.{setting}'
-    for loader in ('train', 'val', 'test')
-    for setting in ('num_workers=0', 'persistent_workers=False')
-]
 SHORT = [
     *LOADERS,
     'default_hooks.logger.interval=1',
@@ -63,27 +54,11 @@ OPTIONS = {
 }
 SHORTER = {'epoch_24': 'epoch_1', 'iter_20000': 'iter_2'}
 NUM_TRAIN, NUM_VAL = 4, 2
-# One process imports the toolboxes; each command is a fork of it.
-DRIVER = """
-import json, os, runpy, sys
-import mmscalablevit, mmdet.apis, mmseg.apis
-for command in json.load(sys.stdin):
-    sys.stdout.flush()
-    pid = os.fork()
-    if not pid:
-        sys.argv = command
-        print('>>>', *command, flush=True)
-        runpy.run_path(command[0], run_name='__main__')
-        sys.exit()
-    if os.waitpid(pid, 0)[1]:
-        sys.exit(f'{command} failed')
-"""
 
 
 def blocks(*kinds):
-    """The marked blocks of the page: kind, file name, text."""
-    found = BLOCK.findall(PAGE.read_text())
-    return [block for block in found if block[0] in kinds]
+    """The tested blocks of the page of these kinds."""
+    return [block for block in read_blocks(PAGE) if block.kind in kinds]
 
 
 def shortened(text):
@@ -94,13 +69,14 @@ def shortened(text):
 
 def commands(folder, tools):
     """Every command of the page as a list of arguments, with what makes it short."""
-    for number, (kind, _, text) in enumerate(blocks('commands', 'python')):
-        if kind == 'python':
+    for number, block in enumerate(blocks('commands', 'python')):
+        text = shortened(block.text)
+        if block.kind == 'python':
             script = folder / f'block{number}.py'
-            script.write_text(shortened(text))
+            script.write_text(text)
             yield [str(script)]
             continue
-        for line in shortened(text).replace('\\\n', ' ').splitlines():
+        for line in text.replace('\\\n', ' ').splitlines():
             python, tool, *arguments = shlex.split(line.replace('$TOOLS', shlex.quote(tools)))
             assert python == 'python'
             name = Path(tool).name
@@ -116,42 +92,24 @@ def commands(folder, tools):
 def page(tmp_path_factory):
     """The folder where the whole page was run, and what it printed command by command."""
     folder = tmp_path_factory.mktemp('page')
-    environment = {
-        **os.environ,
-        'PATH': os.pathsep.join([str(Path(sys.executable).parent), os.environ['PATH']]),
-        'PYTHONPATH': str(ROOT),
-        'CUDA_VISIBLE_DEVICES': '',
-        'OMP_NUM_THREADS': '1',
-    }
-    shell = ''.join(text for _, _, text in blocks('shell'))
+    shell = ''.join(block.text for block in blocks('shell'))
     tools = subprocess.run(
         ['bash', '-c', f'{shell}echo -n "$TOOLS"'],
-        env=environment,
+        env=environment(),
         cwd=folder,
         capture_output=True,
         text=True,
         check=True,
     ).stdout
-    for _, name, text in blocks('file'):
-        (folder / name).write_text(text)
+    for block in blocks('file'):
+        (folder / block.note.split()[1]).write_text(block.text)
     # What the page calls a Mask R-CNN trained on COCO.
     coco = Config.fromfile(ROOT / 'configs/detection/mask-rcnn_scalablevit-s_fpn_1x_coco.py')
     init_default_scope('mmdet')
     torch.save(
         dict(state_dict=MODELS.build(coco.model).state_dict()), folder / 'mask-rcnn_coco.pth'
     )
-    process = subprocess.run(
-        [sys.executable, '-c', DRIVER],
-        input=json.dumps(list(commands(folder, tools))),
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=900,
-    )
-    assert process.returncode == 0, process.stdout[-4000:]
-    return folder, re.split(r'^>>> ', process.stdout, flags=re.MULTILINE)[1:]
+    return folder, run_commands(list(commands(folder, tools)), folder)
 
 
 def output(page, *parts):

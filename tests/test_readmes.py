@@ -1,5 +1,5 @@
 # Copyright (c) mmscalablevit contributors. All rights reserved.
-"""The READMEs: links resolve, every config is listed, figures are those of the metafiles."""
+"""The pages: links resolve, every config is listed, figures are those of the metafiles."""
 
 import re
 from pathlib import Path
@@ -78,14 +78,6 @@ def test_relative_links_resolve(page):
         assert path.exists(), target
         if anchor:
             assert anchor in anchors(path), target
-
-
-@pytest.mark.parametrize('page', PAGES, ids=str)
-def test_commands_name_existing_files(page):
-    code = '\n'.join(re.findall(r'```bash\n(.*?)```', (ROOT / page).read_text(), flags=re.DOTALL))
-    named = re.findall(r'(?<![\w/.])(?:configs|tools)/[\w/.*-]+\.(?:py|sh)', code)
-
-    assert [name for name in named if not (ROOT / name).is_file()] == []
 
 
 @pytest.mark.parametrize('folder', FOLDERS)

@@ -1,0 +1,305 @@
+# Copyright (c) mmscalablevit contributors. All rights reserved.
+"""The pages: their commands run or are read by the tools' parsers; the site builds cleanly."""
+
+import ast
+import glob
+import importlib.util
+import os
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from doc_blocks import LOADERS, ROOT, environment, read_blocks, run_commands
+
+PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
+FOLDERS = sorted((ROOT / 'configs').glob('**/README.md'))
+SHELL = [
+    (page.relative_to(ROOT), number, block)
+    for page in [*PAGES, *FOLDERS, ROOT / 'CONTRIBUTING.md']
+    for number, block in enumerate(read_blocks(page))
+    if block.language == 'bash'
+]
+# What the scripts pass on to Python tools.
+LAUNCHERS = {
+    'dist_train.sh': lambda config, gpus, *rest: ['tools/train.py', config, *rest],
+    'dist_test.sh': lambda config, file, gpus, *rest: ['tools/test.py', config, file, *rest],
+    'slurm_train.sh': lambda partition, job, config, work_dir, *rest: [
+        *('tools/train.py', config, '--work-dir', work_dir),
+        *rest,
+    ],
+    'slurm_test.sh': lambda partition, job, config, file, *rest: [
+        *('tools/test.py', config, file),
+        *rest,
+    ],
+}
+# What makes the commands of tested blocks short.
+SHORT = {
+    'shapes.py': ['--num-train', '4', '--num-val', '2', '--workers', '1'],
+    'train.py': [
+        '--cfg-options',
+        *LOADERS,
+        'train_cfg.max_iters=2',
+        'train_cfg.val_interval=2',
+        'default_hooks.logger.interval=1',
+    ],
+}
+
+
+def own_test(page):
+    """Whether another test runs the tested blocks of a page."""
+    others = set((ROOT / 'tests').glob('test_*.py')) - {Path(__file__)}
+    others.discard(ROOT / 'tests' / 'test_readmes.py')
+    return any(f"'{page.name}'" in test.read_text() for test in others)
+
+
+def words(text):
+    """The commands of a block: lists of words, with the block's own variables put in."""
+    variables = {'TOOLS': 'tools'}
+    # What another program prints is not known here; the tests of the page run it.
+    for line in commands(re.sub(r'^[A-Z_]+=\$\(.*\)\S*$', '', text, flags=re.MULTILINE)):
+        for name, value in variables.items():
+            line = re.sub(rf'\$({name}\b|{{{name}}})', lambda _, value=value: value, line)
+        found = shlex.split(line, comments=True)
+        while found and re.fullmatch(r'[A-Z_]+=.*', found[0], flags=re.DOTALL):
+            name, value = found.pop(0).split('=', 1)
+            variables[name] = value
+        if found:
+            yield found
+
+
+def commands(text):
+    """The commands of a block; a quoted text may span lines."""
+    rest = ''
+    for line in text.replace('\\\n', ' ').splitlines():
+        rest += line
+        if rest.count('"') % 2 or rest.count("'") % 2:
+            rest += '\n'
+            continue
+        yield from re.split(r' && | \| ', rest)
+        rest = ''
+
+
+def parsed(command, monkeypatch, capsys):
+    """The arguments as the tool's own parser reads them."""
+    script, *arguments = command
+    monkeypatch.setattr(sys, 'argv', [script, *arguments])
+    try:
+        spec = importlib.util.spec_from_file_location('tool', ROOT / script)
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, 'tool', module)
+        spec.loader.exec_module(module)
+        return module.parse_args()
+    except SystemExit as error:
+        pytest.fail(f'{shlex.join(command)}: {error.code} {capsys.readouterr().err}')
+
+
+@pytest.mark.parametrize(
+    'page', [page.relative_to(ROOT) for page in [*PAGES, ROOT / 'CONTRIBUTING.md']], ids=str
+)
+def test_every_block_is_marked(page):
+    for block in read_blocks(ROOT / page):
+        if block.language == 'bash':
+            assert block.note, f'no mark "tested: ..." or "not tested: REASON" above\n{block.text}'
+    # A mark that stands apart from its block would say nothing.
+    blocks = sum(bool(block.mark) for block in read_blocks(ROOT / page))
+    text = re.sub(r'`[^`\n]*`', '', (ROOT / page).read_text())
+    assert blocks == len(re.findall(r'<!-- (?:not )?tested: ', text))
+
+
+@pytest.mark.parametrize(
+    ('page', 'number', 'block'), SHELL, ids=[f'{page}-{number}' for page, number, _ in SHELL]
+)
+def test_commands_are_accepted(page, number, block, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    subprocess.run(['bash', '-n'], input=block.text, text=True, check=True)
+    for command in words(block.text):
+        program, *rest = command
+        if program == 'make':
+            targets = [word for word in rest if '=' not in word]
+            for target in targets:
+                assert re.search(rf'^{target}:', (ROOT / 'Makefile').read_text(), re.MULTILINE)
+        elif program.endswith('.sh'):
+            assert os.access(ROOT / program, os.X_OK), program
+            check_tool(LAUNCHERS[Path(program).name](*rest), monkeypatch, capsys)
+        elif program == 'python' and rest[0].endswith('.py'):
+            check_tool(rest, monkeypatch, capsys)
+        elif program == 'python' and rest[0] == '-m':
+            assert importlib.util.find_spec(rest[1]), rest[1]
+        elif program == 'python':
+            assert rest[0] == '-c'
+            ast.parse(rest[1])
+        else:
+            assert program in ('pip', 'source', 'tensorboard', 'ln', 'cd'), program
+
+
+def check_tool(command, monkeypatch, capsys):
+    """A tool exists and takes the arguments; configs that are named exist and take the options."""
+    script, *arguments = command
+    for word in arguments:
+        if re.match(r'configs/.*\.py$', word):
+            assert glob.glob(word), f'{word} does not exist'
+    if script.startswith('.venv/'):
+        # The toolboxes' own tools, which tests/test_tools.py runs.
+        return
+    assert (ROOT / script).is_file(), script
+    args = parsed(command, monkeypatch, capsys)
+    options = getattr(args, 'cfg_options', None)
+    if script in ('tools/train.py', 'tools/test.py') and options and Path(args.config).is_file():
+        from mmscalablevit.engine import cli
+
+        cli.load_config(args)
+
+
+def test_commands_of_a_block_are_understood():
+    text = (
+        'A=x/y\nOPTIONS="a=$A\n  b=2"\nGPUS=8 tools/run.sh $A \\\n  --b "c d"  # why\n'
+        'python $TOOLS/t.py $OPTIONS && make x\n'
+    )
+
+    assert list(words(text)) == [
+        ['tools/run.sh', 'x/y', '--b', 'c d'],
+        ['python', 'tools/t.py', 'a=x/y', 'b=2'],
+        ['make', 'x'],
+    ]
+
+
+@pytest.mark.parametrize(
+    'page',
+    [
+        page
+        for page in PAGES
+        if any(block.mark == 'tested' for block in read_blocks(page)) and not own_test(page)
+    ],
+    ids=lambda page: page.name,
+)
+def test_tested_blocks_run(page, tmp_path):
+    for part in ('tools', 'configs', 'demo'):
+        (tmp_path / part).symlink_to(ROOT / part)
+    to_run = []
+    for number, block in enumerate(read_blocks(page)):
+        if block.mark != 'tested':
+            continue
+        if block.kind == 'python':
+            script = tmp_path / f'block{number}.py'
+            script.write_text(block.text)
+            to_run.append([str(script)])
+            continue
+        assert block.kind == 'commands', f'{block.kind} needs a test of its own for {page.name}'
+        for python, *command in words(block.text):
+            assert python == 'python', f'{python} needs a test of its own for {page.name}'
+            to_run.append([*command, *SHORT.get(Path(command[0]).name, [])])
+
+    printed = run_commands(to_run, tmp_path)
+
+    assert len(printed) == len(to_run)
+    for block in read_blocks(page):
+        if block.mark == 'tested' and block.kind == 'python':
+            # What a closing comment says it prints.
+            for expected in re.findall(r'^print\(.*\)\n# (.*)$', block.text, re.MULTILINE):
+                assert any(expected in text for text in printed)
+
+
+def test_model_zoo_is_up_to_date():
+    zoo = runpy.run_path(str(ROOT / 'docs' / 'model_zoo.py'))
+
+    assert zoo['PAGE'].read_text() == zoo['page'](), 'run python docs/model_zoo.py'
+
+
+def test_every_claim_on_reliability_has_its_test():
+    named = re.findall(r'`(test_\w+\.py)::(\w+)`', (ROOT / 'docs' / 'reliability.md').read_text())
+
+    assert len(named) > 20
+    for file, function in named:
+        assert f'def {function}(' in (ROOT / 'tests' / file).read_text(), f'{file}::{function}'
+
+
+def modules():
+    """Every module of the package by its dotted name."""
+    package = ROOT / 'mmscalablevit'
+    for path in package.glob('**/*.py'):
+        if '.mim' not in path.parts and path.name not in ('__init__.py', 'version.py'):
+            yield '.'.join(path.relative_to(ROOT).with_suffix('').parts), path
+
+
+def test_every_module_is_in_the_api():
+    named = re.findall(r'^::: (\S+)$', (ROOT / 'docs' / 'api.md').read_text(), re.MULTILINE)
+
+    assert sorted(named) == sorted(name for name, _ in modules())
+
+
+def imports(path):
+    """Modules that a file of the package imports, relative ones by their dotted name."""
+    here = path.relative_to(ROOT).parts
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = '.'.join(here[: len(here) - node.level]) if node.level else ''
+            name = '.'.join(filter(None, [base, node.module or '']))
+            yield name
+            yield from (f'{name}.{alias.name}' for alias in node.names)
+
+
+@pytest.mark.parametrize('name', [name for name, _ in modules()])
+def test_rooms_import_only_what_lies_under_them(name):
+    found = set(imports(dict(modules())[name]))
+    above = {'tools', 'configs', 'demo', 'docs', 'tests'}
+    if name.startswith('mmscalablevit.engine'):
+        above.add('mmscalablevit.models')
+    if name != 'mmscalablevit.models.cls_head':
+        above |= {'mmdet', 'mmseg', 'mmpretrain'}
+
+    assert not [module for module in found for room in above if f'{module}.'.startswith(f'{room}.')]
+
+
+@pytest.fixture(scope='module')
+def site(tmp_path_factory):
+    """The built site, and what its building said."""
+    pytest.importorskip('mkdocs', reason='the site is built with the extra "docs"')
+    folder = tmp_path_factory.mktemp('site')
+    process = subprocess.run(
+        [sys.executable, '-m', 'mkdocs', 'build', '--strict', '--site-dir', str(folder)],
+        cwd=ROOT,
+        env={**environment(), 'NO_MKDOCS_2_WARNING': '1'},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert process.returncode == 0, process.stdout
+    return folder, process.stdout
+
+
+def test_site_builds_without_a_warning(site):
+    assert 'WARNING' not in site[1]
+    for page in PAGES[1:]:
+        assert (site[0] / 'docs' / page.stem / 'index.html').is_file()
+
+
+def test_site_needs_no_network(site):
+    for page in site[0].rglob('*.html'):
+        tags = re.findall(r'<(?:script|img|link|iframe)[^>]*>', page.read_text())
+        loaded = [tag for tag in tags if re.search(r'(?:src|href)="?(?://|https?:)', tag)]
+        assert not loaded, page
+
+
+def test_links_of_the_site_resolve(site):
+    """Links to files that are no pages, which MkDocs does not check."""
+    for page in site[0].rglob('*.html'):
+        if page.name == '404.html':
+            continue
+        for target in re.findall(r'(?:href|src)="([^"#?]+)[^"]*"', page.read_text()):
+            if not re.match(r'\w+:', target):
+                assert (page.parent / target).resolve().exists(), (page, target)
+
+
+def test_api_shows_docstrings(site):
+    page = (site[0] / 'docs' / 'api' / 'index.html').read_text()
+
+    assert 'Channels of the input image.' in page
+    assert ':class:' not in page
+    # An example that was taken for prose would be quotations.
+    assert '<blockquote>' not in page
