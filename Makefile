@@ -19,8 +19,10 @@ $(STAMP): setup.py tools/misc/setup_env.sh
 demo: $(STAMP)
 	@PYTHON="$(abspath $(PYTHON))" tools/demo.sh "$(DEMO_DIR)"
 
+# One thread each: threads of several processes would wait for each other.
 test: $(STAMP)
-	$(PYTHON) -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile \
+		$(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(PYTHON) -m ruff check .

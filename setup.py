@@ -7,7 +7,7 @@ from setuptools.command.build_py import build_py
 from setuptools.command.editable_wheel import editable_wheel
 
 ROOT = Path(__file__).resolve().parent
-MIM_PARTS = ('configs', 'tools', 'model-index.yml')
+MIM_PARTS = ('configs', 'demo', 'tools', 'model-index.yml')
 NOT_SHIPPED = shutil.ignore_patterns('__pycache__', '*.py[cod]', 'work_dirs')
 
 # mmengine and mmcv are missing here on purpose: two families of distributions ship these import
@@ -27,7 +27,7 @@ OPENMMLAB = [
 ]
 # A program of torch.export becomes ONNX by onnxscript; onnxruntime checks it.
 ONNX = ['onnx>=1.17', 'onnxscript>=0.5', 'onnxruntime>=1.20']
-TEST = ['pytest>=8', 'hypothesis>=6', 'safetensors', 'ruff==0.17.*']
+TEST = ['pytest>=8', 'pytest-xdist>=3', 'hypothesis>=6', 'safetensors', 'ruff==0.17.*']
 TENSORBOARD = ['tensorboard']
 NOTEBOOK = ['nbclient', 'nbformat', 'ipykernel', 'matplotlib']
 DOCS = ['mkdocs>=1.6,<2', 'mkdocs-material>=9.5', 'mkdocstrings[python]>=1']

@@ -11,7 +11,7 @@ _MINIMUM = {'mmengine': (0, 8, 3), 'mmcv': (2, 0, 0)}
 _INSTALL = (
     'Install the maintained distributions with `pip install onedl-mmengine onedl-mmcv` '
     'or the original ones with `pip install mmengine "mmcv>=2.0.0"`; '
-    'the README section "Install" has the whole procedure.'
+    '`make env` in a clone does all of it.'
 )
 
 

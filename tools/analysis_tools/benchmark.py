@@ -161,9 +161,12 @@ class Whole(nn.Module):
             data = demo_mm_inputs(
                 batch, (3, height, width), num_items=[8] * batch, with_mask=True, device='cpu'
             )
-            for sample in data['data_samples']:
-                sample.to(images.device)
-            return dict(inputs=images, data_samples=data['data_samples'])
+            # What the data preprocessor would add.
+            shapes = dict(pad_shape=(height, width), batch_input_shape=(height, width))
+            samples = [sample.to(images.device) for sample in data['data_samples']]
+            for sample in samples:
+                sample.set_metainfo(shapes)
+            return dict(inputs=images, data_samples=samples)
         from mmengine.structures import PixelData
         from mmseg.structures import SegDataSample
 
@@ -201,8 +204,8 @@ def parse_args() -> argparse.Namespace:
         nargs='+',
         type=size,
         metavar='BxHxW',
-        default=[(32, 224, 224), (2, 512, 512), (1, 800, 1280)],
-        help='batch, height and width of the images',
+        default=[(32, 224, 224), (2, 512, 512), (1, 800, 1280), (2, 800, 1344)],
+        help='batch, height and width of the images; default: %(default)s',
     )
     parser.add_argument('--rounds', type=int, default=5, help='measured passes of each model')
     parser.add_argument('--device', choices=['cpu', 'cuda'], default='cpu')
@@ -520,7 +523,8 @@ def plot(cases: list[list[Result]], path: Path) -> None:
         for axis in axes[:, column]:
             axis.set(xscale='log', yscale='log')
             axis.grid(alpha=0.3, which='both')
-            axis.legend(fontsize=8)
+            if axis.lines:
+                axis.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
@@ -551,8 +555,8 @@ def save(cases: list[list[Result]], out: Path) -> None:
 def main() -> None:
     """Measure all cases and report them."""
     args = parse_args()
-    # mmengine tells how each parameter was initialized.
-    MMLogger.get_current_instance().setLevel('WARNING')
+    # mmengine tells how each parameter was initialized, and that nothing is pretrained.
+    MMLogger.get_current_instance().setLevel('ERROR')
     if args.measure_memory:
         measure_memory(json.loads(args.measure_memory))
         return

@@ -1,0 +1,132 @@
+# Copyright (c) mmscalablevit contributors. All rights reserved.
+"""The benchmark of time and memory, on images that take no time."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+TOOL = ROOT / 'tools' / 'analysis_tools' / 'benchmark.py'
+spec = importlib.util.spec_from_file_location('benchmark', TOOL)
+benchmark = importlib.util.module_from_spec(spec)
+sys.modules['benchmark'] = benchmark
+spec.loader.exec_module(benchmark)
+CASE = benchmark.Case('inference', 'float32', 224, 224, 1)
+
+
+def run(*args):
+    return subprocess.run(
+        [sys.executable, TOOL, *map(str, args)], capture_output=True, text=True, cwd=ROOT
+    )
+
+
+def result(model, seconds, gflops=None, memory=None):
+    return benchmark.Result(model, CASE, list(seconds), gflops, memory)
+
+
+def test_measures_and_writes(tmp_path):
+    done = run(
+        *('--models', 'small', 'plain', '--modes', 'inference', '--sizes', '1x64x64', '2x96x64'),
+        *('--rounds', 2, '--out', tmp_path / 'out'),
+    )
+    assert done.returncode == 0, done.stderr
+    content = json.loads((tmp_path / 'out' / 'benchmark.json').read_text())
+    results = content['results']
+
+    assert [r['model'] for r in results] == ['small', 'plain', benchmark.MATMUL] * 2
+    assert all(len(r['seconds']) == 2 and min(r['seconds']) > 0 for r in results)
+    # Of a process of its own, with torch in it.
+    memory = [r['memory'] for r in results if r['model'] != benchmark.MATMUL]
+    assert all(100 < value < 4000 for value in memory)
+    assert 'inference float32 2x96x64' in (tmp_path / 'out' / 'benchmark.md').read_text()
+    assert (tmp_path / 'out' / 'benchmark.png').read_bytes().startswith(b'\x89PNG')
+    assert 'benchmark.json' in done.stdout
+
+
+@pytest.mark.parametrize('name', ['small:cp', 'plain', 'swin-t', 'twins-svt-s'])
+def test_a_training_step_updates_the_weights(name):
+    case = benchmark.Case('train', 'bfloat16', 64, 64, 1)
+    step = benchmark.prepare(name, case, 'cpu')
+    before = [p.clone() for p in step.model.parameters()]
+    step()
+
+    assert any(not torch.equal(a, b) for a, b in zip(before, step.model.parameters(), strict=True))
+
+
+def test_plain_and_ours_compute_the_same():
+    outs = []
+    for name in ('small', 'plain'):
+        model = benchmark.build(name).eval()
+        torch.manual_seed(1)
+        with torch.no_grad():
+            outs.append(model(torch.rand(1, 3, 64, 96)))
+
+    for a, b in zip(*outs, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_operations_are_those_of_the_papers():
+    # ResNet-50 has 4.1 G multiply-adds; ScalableViT-S 4.2 G, to which attention's products add.
+    assert benchmark.count_gflops('resnet-50', CASE) == pytest.approx(2 * 4.1, rel=0.02)
+    assert benchmark.count_gflops('small', CASE) == pytest.approx(2 * 4.3, rel=0.02)
+    assert benchmark.count_gflops('small', CASE) == benchmark.count_gflops('plain', CASE)
+    case = benchmark.Case('train', 'float32', 224, 224, 2)
+    assert benchmark.count_gflops('small', case) == 6 * benchmark.count_gflops('small', CASE)
+
+
+def test_ratios_are_within_a_round():
+    ours, other = result('a', [1, 2, 10]), result('b', [2, 4, 15])
+
+    assert benchmark.ratio(other, ours) == (2, 1.5, 2)
+
+
+def test_table_compares_with_the_first_model_and_the_matrix_product():
+    results = [
+        result('small', [1, 1], gflops=80, memory=500),
+        result('plain', [3, 3], gflops=80, memory=1000),
+        result(benchmark.MATMUL, [0.1, 0.1], gflops=10),
+    ]
+    small, plain, matmul = benchmark.rows(results)
+
+    assert plain[:5] == ['plain', '3.000', '3.00 (3.00 to 3.00)', '1000', '2.00']
+    assert small[5:7] == ['80', '80%']
+    assert matmul[5:7] == ['100', '100%']
+
+
+def test_parts_of_a_whole_model():
+    config = str(ROOT / 'tests' / 'data' / 'tiny_mask-rcnn.py')
+    once = benchmark.prepare(config, benchmark.Case('inference', 'float32', 64, 64, 1), 'cpu')
+    with torch.no_grad():
+        shares = benchmark.parts(once, 'cpu')
+
+    assert shares.keys() == {'backbone', 'neck', 'rpn_head', 'roi_head', 'rest'}
+    assert sum(shares.values()) == pytest.approx(1)
+    assert all(-0.01 <= share <= 1 for share in shares.values())
+
+
+WRONG = {
+    'model': (['--models', 'swin-x'], "there is no model 'swin-x'"),
+    'config': (['--models', 'none.py'], 'config none.py does not exist'),
+    'rounds': (['--rounds', '0'], '--rounds must be at least 1'),
+}
+
+
+@pytest.mark.parametrize(('args', 'text'), WRONG.values(), ids=WRONG)
+def test_mistakes_end_in_one_sentence(args, text):
+    done = run(*args)
+
+    assert done.returncode == 1
+    assert text in done.stderr
+    assert 'Traceback' not in done.stderr
+
+
+def test_a_wrong_size_is_refused():
+    done = run('--sizes', '800x1280')
+
+    assert done.returncode == 2
+    assert '--sizes' in done.stderr
