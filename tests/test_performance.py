@@ -27,6 +27,15 @@ SIZES = [(224, 224), (97, 131)]
 CASES = [case for case in read_json('manifest.json')['cases'] if case['kind'] == 'dense']
 
 
+@pytest.fixture(autouse=True)
+def two_threads():
+    """Of one thread, torch gives 1x1 convolutions to another kernel than oneDNN's."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
 def model(**kwargs):
     torch.manual_seed(0)
     net = ScalableViT(dict(ARCH), **kwargs)

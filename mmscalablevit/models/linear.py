@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 _X86 = platform.machine().lower() in ('x86_64', 'amd64')
-# torch gives a convolution of fewer values to a slower kernel than oneDNN's.
+# With fewer values or one thread torch gives a 1x1 convolution to a slower kernel than oneDNN's.
 _MIN_VALUES = 20480
 
 
@@ -44,6 +44,7 @@ class Linear(nn.Linear):
         return runs_eagerly_on_cpu(x) and (
             x.dtype == self.weight.dtype == torch.float32
             and x.numel() > _MIN_VALUES
+            and torch.get_num_threads() > 1
             and torch.backends.mkldnn.is_available()
             and not torch.is_autocast_enabled('cpu')
         )

@@ -501,6 +501,7 @@ def plot(cases: list[list[Result]], path: Path) -> None:
 
     matplotlib.use('Agg')
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import NullFormatter
 
     groups = {}
     for results in cases:
@@ -522,6 +523,9 @@ def plot(cases: list[list[Result]], path: Path) -> None:
         axes[1, column].set(xlabel='megapixels', ylabel='peak MB of the batch')
         for axis in axes[:, column]:
             axis.set(xscale='log', yscale='log')
+            areas = sorted({x for line in axis.lines for x in line.get_xdata()})
+            axis.set_xticks(areas, [f'{area:.2g}' for area in areas])
+            axis.xaxis.set_minor_formatter(NullFormatter())
             axis.grid(alpha=0.3, which='both')
             if axis.lines:
                 axis.legend(fontsize=8)
