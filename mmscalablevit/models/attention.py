@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .embedding import conv_channels_last
-from .linear import Linear
+from .linear import Linear, is_compiling
 
 _CONTIGUOUS = torch.contiguous_format
 
@@ -163,7 +163,7 @@ class InteractiveWindowSelfAttention(nn.Module):
         grid = (batch, rows, size, columns, size)
         bottom, right = rows * size - height, columns * size - width
         # A compiled graph always pads and crops, so that it serves maps of any size.
-        compiling = torch.compiler.is_compiling()
+        compiling = is_compiling()
         if compiling or bottom or right:
             x = F.pad(x, (0, 0, 0, right, 0, bottom))
         qkv = self.qkv(x)

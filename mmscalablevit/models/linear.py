@@ -5,8 +5,12 @@ import platform
 
 import torch
 import torch.nn.functional as F
+from mmengine.utils import digit_version
 from torch import Tensor, nn
 
+# torch before 2.3 cannot tell; 2.4 brought the other questions that are asked here.
+is_compiling = getattr(getattr(torch, 'compiler', None), 'is_compiling', lambda: False)
+_RECENT_TORCH = digit_version(torch.__version__) >= digit_version('2.4')
 _X86 = platform.machine().lower() in ('x86_64', 'amd64')
 # With fewer values or one thread torch gives a 1x1 convolution to a slower kernel than oneDNN's.
 _MIN_VALUES = 20480
@@ -62,8 +66,9 @@ def runs_eagerly_on_cpu(x: Tensor) -> bool:
         True
     """
     return (
-        not torch.compiler.is_compiling()
+        not is_compiling()
         and not torch.jit.is_tracing()
         and x.device.type == 'cpu'
         and _X86
+        and _RECENT_TORCH
     )
