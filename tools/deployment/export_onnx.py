@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 # Imported before any toolbox: it makes a torchvision without its compiled half importable.
 from mmscalablevit.engine import cli
-from mmscalablevit.engine.checkpoint import CheckpointError, read_checkpoint
 
 # Maps of one row or column may be traced as a case of their own; from 64 pixels on there are none.
 MIN_SIZE, MAX_SIZE = 64, 8192
@@ -207,23 +206,12 @@ def build_model(cfg: Config, checkpoint: str | None) -> nn.Module:
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     if cfg.get('data_preprocessor'):
         cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
-    try:
+    with cli.config_errors(cfg):
         model = revert_sync_batchnorm(MODELS.build(cfg.model))
-    except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise cli.UserError(
-            f'config {cfg.filename} cannot be built: {type(error).__name__}: {error}'
-        ) from error
     if checkpoint is None:
         model.init_weights()
-        return model.eval()
-    weights = read_checkpoint(checkpoint, 'cpu')
-    try:
-        model.load_state_dict(weights.get('state_dict', weights))
-    except RuntimeError as error:
-        found = '; '.join(line.strip()[:120] for line in str(error).splitlines()[1:4])
-        raise CheckpointError(
-            f'checkpoint {checkpoint} does not fit the model of {cfg.filename}: {found}'
-        ) from error
+    else:
+        cli.load_weights(model, checkpoint, cfg.filename)
     return model.eval()
 
 
