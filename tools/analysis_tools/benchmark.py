@@ -276,7 +276,6 @@ def prepare(name: str, case: Case, device: str) -> Callable[[], None]:
     images = torch.rand(case.batch, 3, case.height, case.width).to(device)
     run = model
     if ':compiled' in name or ':dynamic' in name:
-        torch._dynamo.reset()
         run = torch.compile(model, dynamic=True if ':dynamic' in name else None)
     low_precision = case.dtype != 'float32'
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6) if case.mode == 'train' else None
@@ -311,6 +310,8 @@ def measure(case: Case, names: list[str], args: argparse.Namespace, tick: Callab
         list[Result]: One for each model, and one for a matrix product.
     """
     results = {name: Result(name, case, gflops=count_gflops(name, case)) for name in names}
+    # Once for all: a reset would throw away what models before were compiled to.
+    torch._dynamo.reset()
     runs = {}
     for name in names:
         runs[name] = prepare(name, case, args.device)
