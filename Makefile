@@ -1,4 +1,4 @@
-# make env | demo | test | lint | docs. An active virtual or conda environment is used, else .venv
+# make env | demo | test | test-long | lint | docs. An active virtual or conda environment is used, else .venv
 # is made.
 CONDA_ENV := $(if $(filter-out base,$(CONDA_DEFAULT_ENV)),$(CONDA_PREFIX))
 ENV ?= $(or $(VIRTUAL_ENV),$(CONDA_ENV),.venv)
@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0 torchvision==0.28.0
 STAMP := $(ENV)/.mmscalablevit-installed
 DEMO_DIR ?= work_dirs/demo
 
-.PHONY: env demo test lint docs
+.PHONY: env demo test test-long lint docs
 
 env:
 	@tools/misc/setup_env.sh "$(ENV)" $(TORCH)
@@ -22,6 +22,11 @@ demo: $(STAMP)
 # One thread each: threads of several processes would wait for each other.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile \
+		$(PYTEST_ARGS)
+
+# What takes minutes each and prints the figures of docs/reliability.md.
+test-long: $(STAMP)
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m long -rP --numprocesses auto --maxprocesses 4 \
 		$(PYTEST_ARGS)
 
 lint: $(STAMP)
