@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mmscalablevit import ScalableViT
-from mmscalablevit.models import linear, scalablevit
+from mmscalablevit.models import linear, mlp
 from mmscalablevit.models.attention import InteractiveWindowSelfAttention as IWSA
 from mmscalablevit.models.attention import ScalableSelfAttention as SSA
 from mmscalablevit.models.linear import Linear
@@ -43,10 +43,10 @@ def model(**kwargs):
     return net
 
 
-def operators(net, images):
-    """How often each operator of ATen ran."""
+def operators(net, *inputs):
+    """How often each operator ran; those of ATen without that prefix."""
     with profile(activities=[ProfilerActivity.CPU]) as trace:
-        net(images)
+        net(*inputs)
     return {event.key.removeprefix('aten::'): event.count for event in trace.key_averages()}
 
 
@@ -104,7 +104,7 @@ def test_every_attention_takes_the_fused_kernel(size, dtype, training):
 
 
 ATTENTIONS = {
-    # The windows, and the values for oneDNN's convolution, which wants them apart.
+    # The windows, and the values as a map for LIM.
     'windows that fit': (IWSA(64, 2), (1, 56, 56, 64), 2),
     # Also zeros around the map. The crop is a view.
     'windows that do not fit': (IWSA(64, 2), (1, 57, 55, 64), 3),
@@ -158,11 +158,70 @@ def test_linear_layers_equal_torch_in_values_and_gradients(shape, bias):
         torch.testing.assert_close(ours, torchs, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize('bias', [True, False])
+@pytest.mark.parametrize('shape', [(2, 20, 20, 64), (3, 64)], ids=str)
+def test_compiled_linear_layers_are_sound_operators(shape, bias):
+    """Shapes, strides, aliases and gradients are what compilers are told."""
+    layer, x = Linear(64, 48, bias), torch.rand(shape, requires_grad=True)
+    torch.library.opcheck(torch.ops.mmscalablevit.linear.default, (x, layer.weight, layer.bias))
+
+
+def test_the_compiled_mlp_is_a_sound_operator():
+    norm, branch = nn.LayerNorm(32), mlp.MLP(32, 128)
+    weights = branch.fc1.weight, branch.fc1.bias, branch.fc2.weight, branch.fc2.bias
+    inputs = torch.rand(2, 14, 15, 32), norm.weight, norm.bias, norm.eps, *weights
+    inputs = [x.detach() if isinstance(x, torch.Tensor) else x for x in inputs]
+    torch.library.opcheck(torch.ops.mmscalablevit.add_mlp.default, inputs)
+
+
+def compiled_operators(net, *inputs):
+    torch._dynamo.reset()
+    graph = torch.compile(net, backend='aot_eager', fullgraph=True)
+    graph(*inputs)
+    return operators(graph, *inputs), graph(*inputs)
+
+
+def test_compiled_graphs_keep_the_faster_linear_layers(monkeypatch):
+    monkeypatch.setattr(linear, '_X86', True)
+    net, images = model(out_indices=(0,)).eval(), torch.rand(1, 3, 97, 131)
+    with torch.no_grad():
+        counts, outs = compiled_operators(net, images)
+        torch.testing.assert_close(outs[0], net(images)[0], atol=1e-4, rtol=1e-4)
+    # A window attention has two linear layers, SSA q, k, v and the projection.
+    assert counts['mmscalablevit::linear'] == 6
+    assert counts['mmscalablevit::add_mlp'] == 2
+
+    counts, _ = compiled_operators(model(out_indices=(0,)).train(), images)
+    assert counts['mmscalablevit::linear'] == 10
+    assert 'mmscalablevit::add_mlp' not in counts
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
+        counts, _ = compiled_operators(net, images)
+    assert not any(name.startswith('mmscalablevit') for name in counts)
+
+
+class Doubled(Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_layers_in_the_place_of_the_mlps_own_are_kept_when_compiled():
+    net, images = model(out_indices=(0,)).eval(), torch.rand(1, 3, 97, 131)
+    before = net(images)[0]
+    for block in net.stages[0]:
+        block.mlp.fc2.__class__ = Doubled
+    with torch.no_grad():
+        wanted = net(images)[0]
+        _, outs = compiled_operators(net, images)
+
+    torch.testing.assert_close(outs[0], wanted, atol=1e-4, rtol=1e-4)
+    assert (wanted - before).abs().max() > 0.01
+
+
 def test_slices_of_the_mlp_change_nothing(monkeypatch):
     net, images = model().eval(), torch.rand(1, 3, 97, 131)
     with torch.no_grad():
         whole = net(images)
-        monkeypatch.setattr(scalablevit, '_MLP_VALUES_IN_CACHE', 1000)
+        monkeypatch.setattr(mlp, '_VALUES_IN_CACHE', 1000)
         sliced = net(images)
 
     for a, b in zip(whole, sliced, strict=True):

@@ -4,11 +4,10 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from .embedding import conv_channels_last
-from .linear import Linear, is_compiling
-
-_CONTIGUOUS = torch.contiguous_format
+from .linear import Linear
 
 
 class ScalableSelfAttention(nn.Module):
@@ -160,20 +159,26 @@ class InteractiveWindowSelfAttention(nn.Module):
         size = self.window_size
         # Spelled out for compilers, which would have to prove that the windows divide the map.
         rows, columns = (height + size - 1) // size, (width + size - 1) // size
-        grid = (batch, rows, size, columns, size)
+        grid = (batch, rows, size, columns, size, channels)
         bottom, right = rows * size - height, columns * size - width
         # A compiled graph always pads and crops, so that it serves maps of any size.
         compiling = is_compiling()
         if compiling or bottom or right:
             x = F.pad(x, (0, 0, 0, right, 0, bottom))
-        qkv = self.qkv(x)
-        lim = conv_channels_last(self.lim_func, qkv[..., 2 * channels :])
+        if compiling:
+            # Merging windows would be guarded against sizes at which a view might do it.
+            qkv = self.qkv(x)
+            value_map, qkv = qkv[..., 2 * channels :], self._windows(qkv)
+            query, key, value = self._heads(qkv)
+        else:
+            # Three times less to copy than windows of the projected map.
+            query, key, value = self._heads(self.qkv(self._windows(x)))
+            value_map = value.reshape(batch, rows, columns, size, size, channels)
+            value_map = value_map.transpose(2, 3).reshape(x.shape)
+        lim = conv_channels_last(self.lim_func, value_map).contiguous()
         # The windows are a view of the LIM map, so adding into them needs no copy back to a map.
-        out = lim.contiguous().view(*grid, channels).transpose(2, 3)
-        # The windows' copy takes the place of the map, whose memory is free during attention.
-        qkv = qkv.view(*grid, 3 * channels).transpose(2, 3).clone(memory_format=_CONTIGUOUS)
-        qkv = qkv.view(batch * rows * columns, size**2, 3, self.num_heads, self.head_dims)
-        out = out.add_(self._attend(qkv).view(out.shape))
+        out = lim.view(grid).transpose(2, 3)
+        out = out.add_(self._attend(query, key, value).view(out.shape))
         out = out.transpose(2, 3).reshape(batch, rows * size, columns * size, channels)
         # Before the crop, whose result is no longer contiguous.
         out = self.proj_drop(self.proj(out))
@@ -181,9 +186,25 @@ class InteractiveWindowSelfAttention(nn.Module):
             return F.pad(out, (0, 0, 0, -right, 0, -bottom))
         return out[:, :height, :width]
 
-    def _attend(self, qkv: Tensor) -> Tensor:
-        """Attend inside windows: (windows, N, 3, heads, head_dims) to (windows, N, C)."""
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+    def _windows(self, x: Tensor) -> Tensor:
+        """Copy a map (B, rows * size, columns * size, C) to windows (B * rows * columns, N, C)."""
+        size = self.window_size
+        batch, height, width, channels = x.shape
+        rows, columns = height // size, width // size
+        windows = x.view(batch, rows, size, columns, size, channels).transpose(2, 3)
+        windows = windows.clone(memory_format=torch.contiguous_format)
+        return windows.view(batch * rows * columns, size**2, channels)
+
+    def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Take (windows, N, 3 * C) apart into three of (windows, N, heads, head_dims).
+
+        At once: the gradient of each slice by itself would be as large as that of the whole.
+        """
+        return qkv.unflatten(-1, (3, self.num_heads, self.head_dims)).unbind(2)
+
+    def _attend(self, *query_key_value: Tensor) -> Tensor:
+        """Attend inside windows: three of (windows, N, heads, head_dims) to (windows, N, C)."""
+        query, key, value = (x.transpose(1, 2) for x in query_key_value)
         dropout = self.attn_drop if self.training else 0.0
         return fused_attention(query, key, value, self.scale, dropout).transpose(1, 2).flatten(2)
 

@@ -2,18 +2,19 @@
 """Linear layers of the network, and where they run in a faster way of the same result."""
 
 import platform
+from typing import Optional
 
 import torch
 import torch.nn.functional as F
-from mmengine.utils import digit_version
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
-# torch before 2.3 cannot tell; 2.4 brought the other questions that are asked here.
-is_compiling = getattr(getattr(torch, 'compiler', None), 'is_compiling', lambda: False)
-_RECENT_TORCH = digit_version(torch.__version__) >= digit_version('2.4')
 _X86 = platform.machine().lower() in ('x86_64', 'amd64')
+_ONEDNN = torch.backends.mkldnn.is_available()
 # With fewer values or one thread torch gives a 1x1 convolution to a slower kernel than oneDNN's.
 _MIN_VALUES = 20480
+# torch before 2.7 cannot tell an export, whose graph should stay plain, from a compilation.
+_is_exporting = getattr(torch.compiler, 'is_exporting', lambda: True)
 
 
 class Linear(nn.Linear):
@@ -21,8 +22,9 @@ class Linear(nn.Linear):
 
     For float32 on CPU, torch takes matrix products from MKL and convolutions from oneDNN. For the
     long and narrow products of this network oneDNN is the faster one (docs/performance.md), so that
-    the layer runs there as a 1x1 convolution on a view of the same memory. Everywhere else, while
-    compiling and exporting included, it is ``nn.Linear``.
+    the layer runs there as a 1x1 convolution on a view of the same memory; in compiled graphs by
+    the operator ``mmscalablevit::linear``, as inductor lays out a convolution's input anew.
+    Everywhere else, while exporting included, it is ``nn.Linear``.
 
     Args:
         in_features (int): Width of the input.
@@ -37,19 +39,21 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform ``x`` of shape (..., in_features) to (..., out_features)."""
-        if not self._convolution_is_faster(x):
+        if not self.may_be_convolution(x):
             return super().forward(x)
-        rows = x if x.dim() == 4 else x.reshape(1, 1, -1, self.in_features)
-        out = F.conv2d(rows.permute(0, 3, 1, 2), self.weight[:, :, None, None], self.bias)
-        return out.permute(0, 2, 3, 1).reshape(*x.shape[:-1], self.out_features)
+        if is_compiling():
+            return _compiled_linear(x, self.weight, self.bias)
+        return fastest_linear(x, self.weight, self.bias)
 
-    def _convolution_is_faster(self, x: Tensor) -> bool:
-        # First, since a compiler would guard whatever else is asked.
-        return runs_eagerly_on_cpu(x) and (
-            x.dtype == self.weight.dtype == torch.float32
-            and x.numel() > _MIN_VALUES
-            and torch.get_num_threads() > 1
-            and torch.backends.mkldnn.is_available()
+    def may_be_convolution(self, x: Tensor) -> bool:
+        """Whether the layer may run as a convolution on ``x``: float32 on an x86 CPU."""
+        return (
+            x.device.type == 'cpu'
+            and _X86
+            and _ONEDNN
+            and x.dtype == self.weight.dtype == torch.float32
+            and not torch.jit.is_tracing()
+            and not (is_compiling() and _is_exporting())
             and not torch.is_autocast_enabled('cpu')
         )
 
@@ -65,10 +69,57 @@ def runs_eagerly_on_cpu(x: Tensor) -> bool:
         >>> runs_eagerly_on_cpu(torch.rand(2))  # doctest: +SKIP
         True
     """
+    return not is_compiling() and not torch.jit.is_tracing() and x.device.type == 'cpu' and _X86
+
+
+def fastest_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute ``F.linear`` in float32 on CPU, as a 1x1 convolution where that is faster.
+
+    Args:
+        x (Tensor): Input of shape (..., in_features).
+        weight (Tensor): Weight of shape (out_features, in_features).
+        bias (Tensor | None): Bias of shape (out_features,).
+
+    Returns:
+        Tensor: Output of shape (..., out_features).
+
+    Example:
+        >>> import torch
+        >>> fastest_linear(torch.rand(7, 64), torch.rand(192, 64), None).shape
+        torch.Size([7, 192])
+    """
+    if x.numel() <= _MIN_VALUES or torch.get_num_threads() == 1:
+        return F.linear(x, weight, bias)
+    rows = x if x.dim() == 4 else x.reshape(1, 1, -1, x.shape[-1])
+    out = F.conv2d(rows.permute(0, 3, 1, 2), weight[:, :, None, None], bias)
+    return out.permute(0, 2, 3, 1).reshape(*x.shape[:-1], weight.shape[0])
+
+
+# `Tensor | None` is not understood by the schema reader of every torch that is supported.
+@torch.library.custom_op('mmscalablevit::linear', mutates_args=(), device_types='cpu')
+def _compiled_linear(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:  # noqa: UP045
+    return fastest_linear(x, weight, bias).contiguous()
+
+
+@_compiled_linear.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _save_for_backward(ctx, inputs: tuple, output: Tensor) -> None:
+    x, weight, _ = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+    rows = grad.flatten(0, -2)
     return (
-        not is_compiling()
-        and not torch.jit.is_tracing()
-        and x.device.type == 'cpu'
-        and _X86
-        and _RECENT_TORCH
+        _compiled_linear(grad, weight.t(), None) if needs_x else None,
+        rows.t() @ x.flatten(0, -2) if needs_weight else None,
+        rows.sum(0) if needs_bias else None,
     )
+
+
+_compiled_linear.register_autograd(_backward, setup_context=_save_for_backward)

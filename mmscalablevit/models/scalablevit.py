@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Sequence
 from itertools import islice
@@ -19,11 +20,9 @@ from torch.utils.checkpoint import checkpoint
 from .attention import InteractiveWindowSelfAttention, ScalableSelfAttention
 from .checkpoint import load_backbone_checkpoint
 from .embedding import PatchEmbed, PositionEncodingGenerator
-from .linear import Linear, runs_eagerly_on_cpu
+from .mlp import MLP, add_mlp
 
 NUM_STAGES = 4
-# 4 MiB in float32: measured on cores with 1 MiB of L2 cache; half and double are no faster.
-_MLP_VALUES_IN_CACHE = 2**20
 
 _SMALL = dict(
     embed_dims=(64, 128, 256, 512),
@@ -56,32 +55,6 @@ ARCH_ZOO = {
     **dict.fromkeys(['l', 'large'], _LARGE),
     **dict.fromkeys(['s-merged', 'small-merged'], _SMALL_MERGED),
 }
-
-
-class MLP(nn.Module):
-    """Two linear layers with an exact GELU between them.
-
-    Args:
-        embed_dims (int): Channels in and out.
-        hidden_dims (int): Channels between the layers.
-        drop (float): Dropout rate after each layer. Defaults to 0.
-
-    Example:
-        >>> import torch
-        >>> MLP(64, 256)(torch.rand(1, 7, 9, 64)).shape
-        torch.Size([1, 7, 9, 64])
-    """
-
-    def __init__(self, embed_dims: int, hidden_dims: int, drop: float = 0.0) -> None:
-        super().__init__()
-        self.fc1 = Linear(embed_dims, hidden_dims)
-        self.act = nn.GELU()
-        self.fc2 = Linear(hidden_dims, embed_dims)
-        self.drop = nn.Dropout(drop)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Transform the last dimension of ``x``; the shape stays."""
-        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
 
 
 class Block(nn.Module):
@@ -119,16 +92,9 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Transform a map of shape (B, H, W, C); the shape stays."""
         x = x + self.drop_path(self.attn(self.norm1(x)))
-        if runs_eagerly_on_cpu(x) and not self.training and not torch.is_grad_enabled():
-            return self._add_mlp_in_slices(x.contiguous())
+        if not self.training and not torch.is_grad_enabled():
+            return add_mlp(x, self.norm2, self.mlp)
         return x + self.drop_path(self.mlp(self.norm2(x)))
-
-    def _add_mlp_in_slices(self, x: Tensor) -> Tensor:
-        # The MLP's wide values stay in the processor's cache; ``x`` is overwritten.
-        rows_per_slice = max(1, _MLP_VALUES_IN_CACHE // self.mlp.fc1.out_features)
-        for rows in x.view(-1, x.shape[-1]).split(rows_per_slice):
-            rows += self.mlp(self.norm2(rows))
-        return x
 
 
 @MODELS.register_module()
@@ -224,6 +190,9 @@ class ScalableViT(BaseModule):
         ).items():
             _check_rate(name, rate)
         _check_int('frozen_stages', frozen_stages, -1, NUM_STAGES)
+        for name, flag in dict(final_norm=final_norm, norm_eval=norm_eval, with_cp=with_cp).items():
+            if not isinstance(flag, bool):
+                raise TypeError(f'{name} must be True or False, got {flag!r}')
 
         self.in_channels = in_channels
         self.out_indices = tuple(out_indices)
@@ -298,8 +267,12 @@ class ScalableViT(BaseModule):
             ``out_indices``; sizes are rounded up: H_0 = ceil(H / 4), H_i = ceil(H_(i-1) / 2).
 
         Raises:
+            TypeError: If ``x`` is no tensor of floating-point numbers.
             ValueError: If ``x`` is no batch of images with ``in_channels`` channels.
         """
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f'ScalableViT expects a tensor of floating-point images, got {kind}')
         if x.dim() != 4 or x.shape[1] != self.in_channels or 0 in x.shape:
             raise ValueError(
                 f'ScalableViT with in_channels={self.in_channels} expects images of shape '
@@ -447,14 +420,25 @@ class ScalableViT(BaseModule):
 
 
 def _is_pretrained(init_cfg: dict) -> bool:
+    if 'type' not in init_cfg:
+        raise ValueError(f"init_cfg needs the key 'type', such as 'Pretrained', got {init_cfg}")
     kind = init_cfg['type']
-    return (WEIGHT_INITIALIZERS.get(kind) if isinstance(kind, str) else kind) is PretrainedInit
+    pretrained = (
+        WEIGHT_INITIALIZERS.get(kind) if isinstance(kind, str) else kind
+    ) is PretrainedInit
+    if pretrained and 'checkpoint' not in init_cfg:
+        raise ValueError(
+            f"init_cfg of type 'Pretrained' needs the key 'checkpoint', got {init_cfg}"
+        )
+    return pretrained
 
 
 def _arch_settings(arch: str | dict, zoo: dict[str, dict]) -> dict:
     if isinstance(arch, str):
         if arch.lower() not in zoo:
-            raise ValueError(f'arch must be a dict or one of {sorted(zoo)}, got {arch!r}')
+            meant = difflib.get_close_matches(arch.lower(), zoo, n=1)
+            hint = f'; did you mean {meant[0]!r}?' if meant else ''
+            raise ValueError(f'arch must be a dict or one of {sorted(zoo)}, got {arch!r}{hint}')
         return zoo[arch.lower()]
     if not isinstance(arch, dict):
         raise TypeError(f'arch must be a name or a dict, got {type(arch).__name__}')
