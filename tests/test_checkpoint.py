@@ -198,14 +198,6 @@ def test_norms_of_stages_that_are_not_put_out_are_left_out(saved):
     assert_holds(load(saved(state), stage_norm='output', out_indices=(1, 3)), state)
 
 
-@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
-def test_other_precision_is_cast_to_the_models(saved, dtype):
-    state = {name: tensor.to(dtype) for name, tensor in dense_weights().items()}
-    model = load(saved(state))
-    assert {p.dtype for p in model.parameters()} == {torch.float32}
-    assert_holds(model, {name: tensor.float() for name, tensor in state.items()})
-
-
 def test_safetensors_load(tmp_path):
     state = dense_weights()
     save_file(state, tmp_path / 'weights.safetensors')
@@ -327,10 +319,6 @@ BAD_WEIGHTS = {
     'no tensor': (dict(model=dict(epoch=3)), r'no tensors \(epoch\)'),
     'empty dict': ({}, 'no weights'),
     'NaN': (dict(dense_weights(), **{LIM: torch.full((16, 1, 3, 3), torch.nan)}), f'NaN .* {LIM}'),
-    'overflow': (
-        dict(dense_weights(), **{LIM: torch.full((16, 1, 3, 3), 1e300, dtype=torch.float64)}),
-        f'infinite values in {LIM}',
-    ),
     'integers': (
         dict(dense_weights(), **{LIM: torch.ones(16, 1, 3, 3, dtype=torch.int64)}),
         f'{LIM} as torch.int64',

@@ -1,19 +1,39 @@
 # Copyright (c) mmscalablevit contributors. All rights reserved.
-"""Reading checkpoints without running the code that a pickle may carry."""
+"""Reading checkpoints as input from strangers: damage is found, and no code is run.
+
+What PyTorch writes since 1.6 is a zip archive with a checksum of every record, so any change of a
+byte that means something is found. Its older format and safetensors have none: what breaks their
+structure is found, but another number in the place of a weight is not.
+"""
 
 import argparse
+import codecs
 import contextlib
 import functools
+import os
 import os.path as osp
 import pickle
 import re
-import textwrap
+import stat
+import tarfile
+import zipfile
 from collections.abc import Callable, Iterator
+from urllib.parse import urlparse
 
 import numpy as np
 import torch
-from mmengine.logging import HistoryBuffer
+from mmengine.dist import barrier, is_main_process
+from mmengine.logging import HistoryBuffer, print_log
 from mmengine.runner import CheckpointLoader
+from mmengine.utils import mkdir_or_exist
+from torch import Tensor
+
+_SHOWN_NAMES = 4
+# What PyTorch itself puts beside the entries of a state dict.
+_ATTRIBUTES = {'_metadata'}
+# Attribute of a folder in zip archives, as DOS had it.
+_FOLDER = 0x10
+_PRECISIONS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class CheckpointError(RuntimeError):
@@ -21,14 +41,14 @@ class CheckpointError(RuntimeError):
 
 
 def read_checkpoint(filename: str, map_location: str | torch.device | None = None) -> dict:
-    """Read a local checkpoint with ``weights_only=True``.
+    """Read a local checkpoint with ``weights_only=True``, and compare its checksums.
 
     Besides tensors and plain containers, only what mmengine's runner writes into its own
     checkpoints is let through, numpy numbers and arrays and the history of the logged scalars, and
     the plain namespace of arguments that the authors' training script adds.
 
     Args:
-        filename (str): The file.
+        filename (str): The file. One that ends in ``.safetensors`` needs that package.
         map_location (str | torch.device | None): Device of the tensors. Defaults to None, the
             device they were saved from.
 
@@ -37,8 +57,8 @@ def read_checkpoint(filename: str, map_location: str | torch.device | None = Non
 
     Raises:
         FileNotFoundError: If there is no such file.
-        CheckpointError: If it is damaged, holds no dict, or holds Python objects other than those
-            above.
+        CheckpointError: If it cannot be read, is damaged, holds no dict, or holds Python objects
+            other than those above.
 
     Example:
         >>> import torch
@@ -47,32 +67,161 @@ def read_checkpoint(filename: str, map_location: str | torch.device | None = Non
         tensor([0., 0.])
     """
     filename = osp.expanduser(filename)
-    if not osp.isfile(filename):
-        raise FileNotFoundError(f'checkpoint {filename} does not exist')
+    check_file(filename)
     try:
-        with _mmengine_globals():
-            checkpoint = torch.load(filename, map_location=map_location, weights_only=True)
-    # A damaged file fails anywhere in torch's reader, with errors of many types.
+        if filename.endswith('.safetensors'):
+            checkpoint = _read_safetensors(filename, map_location)
+        else:
+            checkpoint = _read_pickled(filename, map_location)
+    except CheckpointError:
+        raise
+    # A damaged file fails anywhere in its reader, with errors of many types.
     except Exception as error:
         raise CheckpointError(f'checkpoint {filename} {_reason(error)}') from error
     if not isinstance(checkpoint, dict):
         raise CheckpointError(
             f'checkpoint {filename} holds a {type(checkpoint).__name__} and not a dict of weights'
         )
+    _check_plain(checkpoint, filename)
+    meta = checkpoint.get('meta')
+    if meta is not None and not isinstance(meta, dict):
+        raise CheckpointError(
+            f'checkpoint {filename} holds a {type(meta).__name__} under meta and not a dict'
+        )
     return checkpoint
 
 
+def check_file(filename: str) -> None:
+    """Check that a checkpoint is a file that can be opened.
+
+    Args:
+        filename (str): A local path.
+
+    Raises:
+        FileNotFoundError: If there is nothing of that name.
+        CheckpointError: If it is no regular file, or may not be read.
+
+    Example:
+        >>> check_file('/tmp')
+        Traceback (most recent call last):
+        mmscalablevit.engine.checkpoint.CheckpointError: checkpoint /tmp is a directory or ...
+    """
+    try:
+        # Before it is opened: that would wait for the other end of a pipe.
+        regular = stat.S_ISREG(os.stat(filename).st_mode)
+        if regular:
+            with open(filename, 'rb'):
+                pass
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
+        raise FileNotFoundError(f'checkpoint {filename} does not exist') from error
+    except OSError as error:
+        raise CheckpointError(f'checkpoint {filename} cannot be read ({error.strerror})') from error
+    if not regular:
+        raise CheckpointError(f'checkpoint {filename} is a directory or device, not a file')
+
+
+def find_weights(
+    checkpoint: dict, filename: str, wrappers: tuple[str, ...] = ('state_dict',)
+) -> dict[str, Tensor]:
+    """Find the weights in a checkpoint and check that they are plain tensors with names.
+
+    Args:
+        checkpoint (dict): What the file holds.
+        filename (str): The file, for the message.
+        wrappers (tuple[str, ...]): Keys under which weights are looked for; the first that holds a
+            dict is taken. Defaults to 'state_dict'; if there is none, the whole file is weights.
+
+    Returns:
+        dict[str, Tensor]: The weights, the same object as in the checkpoint.
+
+    Raises:
+        CheckpointError: If there are none, a name is no string, or a value is no dense tensor.
+
+    Example:
+        >>> list(find_weights(dict(state_dict=dict(bias=torch.ones(1))), 'a.pth'))
+        ['bias']
+        >>> find_weights(dict(state_dict=[1, 2]), 'a.pth')
+        Traceback (most recent call last):
+        mmscalablevit.engine.checkpoint.CheckpointError: checkpoint a.pth holds entries that are ...
+    """
+    found = [checkpoint[key] for key in wrappers if isinstance(checkpoint.get(key), dict)]
+    weights = found[0] if found else checkpoint
+    _check_plain(weights, filename)
+    if not weights:
+        raise CheckpointError(f'checkpoint {filename} holds no weights')
+    unnamed = [name for name in weights if not isinstance(name, str)]
+    if unnamed:
+        raise CheckpointError(
+            f'checkpoint {filename} holds weights whose names are no strings ({shorten(unnamed)})'
+        )
+    others = [name for name, value in weights.items() if not isinstance(value, Tensor)]
+    if others:
+        raise CheckpointError(
+            f'checkpoint {filename} holds entries that are no tensors ({shorten(others)})'
+        )
+    for name, tensor in weights.items():
+        kind = _unusual_kind(tensor)
+        if kind:
+            raise CheckpointError(
+                f'checkpoint {filename} holds {one_line(name)} as a {kind} tensor, not a dense one'
+            )
+    return weights
+
+
+def check_values(
+    weights: dict[str, Tensor], filename: str, parameters: dict[str, Tensor] | None = None
+) -> None:
+    """Check that weights are numbers, and of the precision of a model's parameters.
+
+    Args:
+        weights (dict[str, Tensor]): The weights.
+        filename (str): The file, for the message.
+        parameters (dict[str, Tensor], optional): The model's, by the same names; weights of other
+            names are of any type. Defaults to None, for weights in any floating-point precision.
+
+    Raises:
+        CheckpointError: If a weight is of another type, or holds NaN or infinite values.
+
+    Example:
+        >>> check_values({'bias': torch.tensor([torch.nan])}, 'a.pth')
+        Traceback (most recent call last):
+        mmscalablevit.engine.checkpoint.CheckpointError: checkpoint a.pth holds NaN or infinite ...
+    """
+    for name, tensor in weights.items():
+        if parameters is None and tensor.dtype not in _PRECISIONS:
+            raise CheckpointError(
+                f'checkpoint {filename} holds {one_line(name)} as {tensor.dtype}, not as '
+                'floating-point numbers'
+            )
+        wanted = (parameters or {}).get(name, tensor).dtype
+        if tensor.dtype != wanted:
+            raise CheckpointError(
+                f'checkpoint {filename} holds {one_line(name)} as {tensor.dtype}, but the model '
+                f'has it as {wanted}; cast such weights to {wanted} and save them again'
+            )
+        if not _is_finite(tensor):
+            raise CheckpointError(
+                f'checkpoint {filename} holds NaN or infinite values in {one_line(name)}'
+            )
+
+
 def use_safe_loader() -> None:
-    """Make mmengine read every local checkpoint of this process through ``read_checkpoint``.
+    """Make mmengine read every checkpoint of this process without running pickled code.
 
     mmengine falls back to unrestricted unpickling where a safe read fails, and the list of names
-    it considers safe holds ``getattr``, from which any code can be reached. The tools call this;
-    importing the package does not, for other people's scripts to keep the loader they know.
+    it considers safe holds ``getattr``, from which any code can be reached. Local files and
+    downloads are read through ``read_checkpoint``, the other addresses that mmengine knows through
+    its own loaders, which PyTorch is told to restrict. The tools call this; importing the package
+    does not, for other people's scripts to keep the loader they know.
 
     Example:
         >>> use_safe_loader()
     """
-    CheckpointLoader.register_scheme(prefixes='', loader=load_from_local, force=True)
+    for prefix, loader in list(CheckpointLoader._schemes.items()):
+        if not hasattr(loader, '__wrapped__'):
+            CheckpointLoader.register_scheme(prefix, _restricted(loader), force=True)
+    CheckpointLoader.register_scheme('', load_from_local, force=True)
+    CheckpointLoader.register_scheme(('http://', 'https://'), load_from_http, force=True)
 
 
 # mmengine's log line shows the name of a loader without its first ten letters.
@@ -81,18 +230,190 @@ def load_from_local(filename: str, map_location: str | torch.device | None = Non
     return read_checkpoint(filename, map_location)
 
 
+def load_from_http(url: str, map_location: str | torch.device | None = None) -> dict:
+    """Mmengine's loader of downloads, with ``read_checkpoint`` behind it."""
+    return read_checkpoint(download(url), map_location)
+
+
+def download(url: str) -> str:
+    """Download a checkpoint, once.
+
+    Args:
+        url (str): The address. Eight or more hexadecimal digits before the ending of its name,
+            ``NAME-0123abcd.pth``, are those of the file's SHA-256, which is then compared.
+
+    Returns:
+        str: The file in the cache of ``torch.hub``.
+
+    Raises:
+        CheckpointError: If it cannot be downloaded, or has another hash.
+
+    Example:
+        >>> download('https://example.com/scalablevit-s.pth')  # doctest: +SKIP
+        '/root/.cache/torch/hub/checkpoints/scalablevit-s.pth'
+    """
+    name = osp.basename(urlparse(url).path)
+    path = osp.join(torch.hub.get_dir(), 'checkpoints', name)
+    # Published files carry eight or more digits of their hash; fewer may be a word's end.
+    digits = re.search(r'-([0-9a-f]{8,})\.', name)
+    if is_main_process():
+        _fetch(url, path, digits and digits[1])
+    barrier()
+    # Processes of other machines do not share the main process's disk.
+    _fetch(url, path, digits and digits[1])
+    return path
+
+
+def one_line(text: object, width: int = 100) -> str:
+    r"""Text of a foreign file as a message can show it: one line, short, without control codes.
+
+    Args:
+        text (object): The text, or what is to be shown as text.
+        width (int): Longest result. Defaults to 100.
+
+    Returns:
+        str: The text.
+
+    Example:
+        >>> one_line('weight\n' * 100, 20)
+        'weight weight w ...'
+    """
+    # Cut first: the text may be of any length.
+    words = ' '.join(str(text)[: 4 * width].split())
+    shown = ''.join(c if c.isprintable() else '?' for c in words)
+    return shown if len(shown) <= width else f'{shown[: width - 4].rstrip()} ...'
+
+
+def shorten(names: list) -> str:
+    """List the first of many names.
+
+    Args:
+        names (list): The names.
+
+    Returns:
+        str: The first four, and how many more there are.
+
+    Example:
+        >>> shorten(['a', 'b', 'c', 'd', 'e', 'f'])
+        'a, b, c, d, ... 2 more'
+    """
+    shown = ', '.join(map(one_line, names[:_SHOWN_NAMES]))
+    more = len(names) - _SHOWN_NAMES
+    return f'{shown}, ... {more} more' if more > 0 else shown
+
+
+def _read_pickled(filename: str, map_location: str | torch.device | None) -> object:
+    with open(filename, 'rb') as file:
+        is_zip = file.read(4) == b'PK\x03\x04'
+    if is_zip:
+        _check_records(filename)
+    # Before PyTorch 2.6 code in such a file is run in spite of weights_only.
+    elif tarfile.is_tarfile(filename):
+        raise ValueError('a tar archive of PyTorch before 0.1.12 or of other tools')
+    with _mmengine_globals():
+        return torch.load(filename, map_location=map_location, weights_only=True)
+
+
+def _check_records(filename: str) -> None:
+    """Compare every record with its checksum; PyTorch's reader does not."""
+    with zipfile.ZipFile(filename) as archive:
+        records = archive.infolist()
+        # PyTorch stores weights as they are, so an archive cannot unfold to more than itself.
+        if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+            raise ValueError('compressed records, as in programs of TorchScript')
+        # PyTorch's reader takes memory as it is for the content of what is marked as a folder.
+        if any(record.is_dir() or record.external_attr & _FOLDER for record in records):
+            raise ValueError('records that are folders')
+        if sum(record.file_size for record in records) > osp.getsize(filename):
+            raise ValueError('records that overlap')
+        if len({record.filename for record in records}) < len(records):
+            raise ValueError('records of the same name')
+        damaged = archive.testzip()
+    if damaged:
+        raise ValueError(f'checksum of {damaged} is wrong')
+
+
+def _read_safetensors(filename: str, map_location: str | torch.device | None) -> dict:
+    try:
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise CheckpointError(
+            f'checkpoint {filename} needs the package safetensors: pip install safetensors'
+        ) from error
+    return load_file(filename, device=str(map_location or 'cpu'))
+
+
+def _restricted(loader: Callable) -> Callable:
+    """A loader of mmengine in which PyTorch never unpickles more than weights."""
+
+    @functools.wraps(loader)
+    def load(filename: str, map_location: str | torch.device | None = None) -> dict:
+        variable = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD'
+        before = os.environ.get(variable)
+        os.environ[variable] = '1'
+        try:
+            with _mmengine_globals():
+                return loader(filename, map_location)
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(f'checkpoint {filename} {_reason(error)}') from error
+        finally:
+            os.environ.pop(variable)
+            os.environ.update({} if before is None else {variable: before})
+
+    return load
+
+
+def _fetch(url: str, path: str, hash_prefix: str | None) -> None:
+    if osp.exists(path):
+        return
+    mkdir_or_exist(osp.dirname(path))
+    print_log(f'Downloading {url} to {path}', logger='current')
+    try:
+        torch.hub.download_url_to_file(url, path, hash_prefix, progress=False)
+    # A wrong hash is a RuntimeError, a network failure an OSError.
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f'checkpoint {url} cannot be downloaded ({error})') from error
+
+
+def _check_plain(content: dict, filename: str) -> None:
+    # A pickle can give an OrderedDict attributes, which then hide its methods.
+    attributes = [name for name in getattr(content, '__dict__', ()) if name not in _ATTRIBUTES]
+    if attributes:
+        raise CheckpointError(
+            f'checkpoint {filename} holds a dict with attributes ({shorten(attributes)})'
+        )
+
+
+def _unusual_kind(tensor: Tensor) -> str | None:
+    if tensor.is_nested:
+        return 'nested'
+    if tensor.layout != torch.strided:
+        return 'sparse'
+    if tensor.is_quantized:
+        return 'quantized'
+    return 'meta' if tensor.is_meta else None
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if tensor.dtype not in _PRECISIONS:
+        return True
+    # A view of any size can stand for one stored number.
+    stored = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    stored.set_(tensor.untyped_storage())
+    values = tensor if tensor.numel() <= stored.numel() else stored
+    return bool(values.isfinite().all())
+
+
 def _reason(error: Exception) -> str:
     forbidden = re.search(r'GLOBAL ([\w.]+)', str(error))
     if isinstance(error, pickle.UnpicklingError) and forbidden:
         return (
-            f'holds pickled Python code ({forbidden[1]}) and is refused; if you trust it, load it '
-            'yourself and save its weights alone: '
+            f'holds pickled Python code ({one_line(forbidden[1])}) and is refused; if you trust '
+            'it, load it yourself and save its weights alone: '
             'torch.save(dict(state_dict=WEIGHTS), FILE)'
         )
     message = str(error).split('WeightsUnpickler error: ')[-1]
-    return textwrap.shorten(
-        f'is damaged or no checkpoint ({type(error).__name__}: {message})', 200, placeholder=' ...'
-    )
+    return f'is damaged or no checkpoint ({one_line(f"{type(error).__name__}: {message}", 170)})'
 
 
 @contextlib.contextmanager
@@ -117,6 +438,8 @@ def _allowed() -> list[Callable]:
     # The authors' training script keeps its arguments beside the weights.
     allowed = [
         argparse.Namespace,
+        # Of the bytes in a pickle; torch from 2.5 on allows it by itself.
+        codecs.encode,
         HistoryBuffer,
         np.ndarray,
         np.dtype,

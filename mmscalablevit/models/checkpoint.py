@@ -13,26 +13,32 @@ The weights may be bare or wrapped in ``state_dict``, ``model`` or ``model_ema``
 
 from __future__ import annotations
 
-import os.path as osp
 import re
 from collections.abc import Iterable
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
 import torch
-from mmengine.dist import barrier, is_main_process
 from mmengine.fileio import get_local_path
 from mmengine.logging import print_log
-from mmengine.utils import mkdir_or_exist
 from torch import Tensor, nn
 
-from ..engine.checkpoint import CheckpointError, read_checkpoint
+from ..engine.checkpoint import (
+    CheckpointError,
+    check_values,
+    download,
+    find_weights,
+    one_line,
+    read_checkpoint,
+    shorten,
+)
 
 # In this order: a training state may hold several.
 _WRAPPERS = ('state_dict', 'model', 'model_ema')
 _NUM_STAGES = 4
 _PER_STAGE = ('patch_embeds', 'pos_block', 'stages', 'norm_list')
-_SHOWN_KEYS = 4
+# Far more than images have; the number in a foreign file can be anything.
+_MAX_CHANNELS = 4096
 
 
 def load_backbone_checkpoint(
@@ -49,7 +55,7 @@ def load_backbone_checkpoint(
     - ``norm_list`` of a file that has none, as the classifier's: it starts from identity.
 
     Args:
-        model (nn.Module): A ``ScalableViT``. Weights of other precision are cast to its.
+        model (nn.Module): A ``ScalableViT``. It stays as it was if the checkpoint is refused.
         checkpoint (str): A local path, a URL (``http://``, ``https://``, ``file://``), or an
             address that mmengine's file backends know. A ``.safetensors`` file needs that package.
         prefix (str, optional): Beginning of the backbone's names in the file. Defaults to None:
@@ -58,8 +64,9 @@ def load_backbone_checkpoint(
 
     Raises:
         FileNotFoundError: If there is no such file.
-        CheckpointError: If the file cannot be read, or does not fit. The message names the
-            ``arch`` that fits, or lists the keys.
+        CheckpointError: If the file cannot be read, does not fit, is of another precision, or
+            holds NaN or infinite values. The message names the ``arch`` that fits, or lists the
+            keys.
 
     Example:
         >>> import torch
@@ -77,14 +84,15 @@ def load_backbone_checkpoint(
 
     notes = []
     if outside or surplus:
-        notes.append(f'left out: {", ".join(module_names([*outside, *surplus]))}')
+        left_out = ', '.join(module_names([*outside, *surplus]))
+        notes.append(f'left out: {one_line(left_out, 1000)}')
     norms = {k: v for k, v in parameters.items() if k.startswith('norm_list.')}
     if norms and not any(name.startswith('norm_list.') for name in backbone):
         state.update({k: torch.full_like(v, k.endswith('.weight')) for k, v in norms.items()})
         notes.append('norm_list starts from identity')
 
     check_fit(model, state, checkpoint)
-    state = {k: cast(k, v, parameters[k].dtype, checkpoint) for k, v in state.items()}
+    check_values(state, checkpoint, parameters)
     model.load_state_dict(state, strict=True)
     loaded = f'Loaded {checkpoint} into {type(model).__name__}'
     print_log('; '.join([loaded, *notes]), logger='current')
@@ -112,17 +120,10 @@ def read_weights(checkpoint: str, map_location: str = 'cpu') -> dict[str, Tensor
         {'weight': tensor([1.])}
     """
     content = _read(str(checkpoint), map_location)
-    for wrapper in _WRAPPERS:
-        if isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-            break
-    others = [name for name, value in content.items() if not isinstance(value, Tensor)]
-    if others or not content:
-        found = f'entries that are no tensors ({_shorten(others)})' if others else 'no weights'
-        raise CheckpointError(f'checkpoint {checkpoint} holds {found}')
-    if all(name.startswith('module.') for name in content):
-        return {name[len('module.') :]: tensor for name, tensor in content.items()}
-    return dict(content)
+    weights = find_weights(content, checkpoint, _WRAPPERS)
+    cut = len('module.') if all(name.startswith('module.') for name in weights) else 0
+    # Detached from attributes, which a pickle can set and which would hide methods.
+    return {name[cut:]: torch.detach(tensor) for name, tensor in weights.items()}
 
 
 def split_backbone(
@@ -151,7 +152,8 @@ def split_backbone(
         >>> list(backbone), list(others)
         (['stages.0.0.norm1.bias'], ['neck.bias'])
     """
-    if prefix is None:
+    found = prefix is None
+    if found:
         prefix = 'backbone.' if any(name.startswith('backbone.') for name in weights) else ''
     elif prefix and not prefix.endswith('.'):
         prefix += '.'
@@ -159,12 +161,19 @@ def split_backbone(
     if not inside:
         raise CheckpointError(
             f'checkpoint {checkpoint} holds nothing under the prefix {prefix!r}, only '
-            f'{", ".join(module_names(weights))}'
+            f'{one_line(", ".join(module_names(weights)), 300)}'
         )
     backbone = {released_name(name[len(prefix) :]): tensor for name, tensor in inside.items()}
+    outside = {name: tensor for name, tensor in weights.items() if name not in inside}
     if len(backbone) < len(inside):
         raise CheckpointError(f'checkpoint {checkpoint} holds some weights under two names')
-    return backbone, {name: tensor for name, tensor in weights.items() if name not in inside}
+    twins = [n for n in outside if released_name(n) in backbone and not _is_of_classifier(n)]
+    if found and twins:
+        raise CheckpointError(
+            f'checkpoint {checkpoint} holds some weights under two names, with the prefix '
+            f"'backbone.' and without ({shorten(twins)}); prefix='backbone.' takes the former"
+        )
+    return backbone, outside
 
 
 def released_name(name: str) -> str:
@@ -216,9 +225,8 @@ def nearest_arch(model_type: type[nn.Module], weights: dict[str, Tensor]) -> tup
         ('small-merged', True)
     """
     trunk = {k: v.shape for k, v in weights.items() if k.split('.')[0] in _PER_STAGE[:3]}
-    num_stages = len({name.split('.')[1] for name in trunk})
-    stem = trunk.get('patch_embeds.0.proj.weight', ())
-    in_channels = stem[1] if len(stem) == 4 else 3
+    num_stages = len({name.split('.')[1] for name in trunk if '.' in name})
+    in_channels = _in_channels(weights)
     last_stage = min(max(num_stages, 1), _NUM_STAGES) - 1
     shapes = {}
     # Of the names of one arch, the last is the full one.
@@ -253,18 +261,16 @@ def recognize(model_type: type[nn.Module], weights: dict[str, Tensor], checkpoin
     arch, _ = nearest_arch(model_type, weights)
     parts = {name.split('.')[0] for name in weights}
     stages = {int(i) for i in re.findall(r'\bpatch_embeds\.([0-3])\.', ' '.join(weights))}
-    stem = weights.get('patch_embeds.0.proj.weight')
     with torch.device('meta'):
         model = model_type(
             arch,
-            in_channels=3 if stem is None else stem.shape[1],
+            in_channels=_in_channels(weights),
             out_indices=(max(stages, default=3),),
             stage_norm='chained' if 'norm_list' in parts else None,
             final_norm='norm' in parts and max(stages, default=3) == 3,
         )
     check_fit(model, weights, checkpoint)
-    for name, tensor in weights.items():
-        cast(name, tensor, tensor.dtype, checkpoint)
+    check_values(weights, checkpoint)
     return arch
 
 
@@ -289,48 +295,18 @@ def check_fit(model: nn.Module, state: dict[str, Tensor], checkpoint: str) -> No
     missing = [name for name in parameters if name not in state]
     unexpected = [name for name in state if name not in parameters]
     reshaped = [
-        f'{name} of {tuple(tensor.shape)} in place of {tuple(parameters[name].shape)}'
+        f'{name} of {one_line(tuple(tensor.shape))} in place of {tuple(parameters[name].shape)}'
         for name, tensor in state.items()
         if name in parameters and tensor.shape != parameters[name].shape
     ]
     if not (missing or unexpected or reshaped):
         return
     lists = {'missing': missing, 'unexpected': unexpected, 'of another shape': reshaped}
-    found = [f'{len(names)} {what} ({_shorten(names)})' for what, names in lists.items() if names]
+    found = [f'{len(names)} {what} ({shorten(names)})' for what, names in lists.items() if names]
     raise CheckpointError(
         f'checkpoint {checkpoint} does not fit this {type(model).__name__}: '
         f'{"; ".join([*_hints(model, state, unexpected), *found])}'
     )
-
-
-def cast(name: str, tensor: Tensor, dtype: torch.dtype, checkpoint: str) -> Tensor:
-    """Cast a weight to a precision and check that it holds numbers.
-
-    Args:
-        name (str): Its name, for the message.
-        tensor (Tensor): The weight.
-        dtype (torch.dtype): The precision.
-        checkpoint (str): The file, for the message.
-
-    Returns:
-        Tensor: The weight in that precision.
-
-    Raises:
-        CheckpointError: If it is not of floating point, or holds NaN or infinite values.
-
-    Example:
-        >>> import torch
-        >>> cast('bias', torch.ones(1).half(), torch.float32, 'small.pth')
-        tensor([1.])
-    """
-    if not tensor.is_floating_point():
-        raise CheckpointError(
-            f'checkpoint {checkpoint} holds {name} as {tensor.dtype}, not as floating-point numbers'
-        )
-    tensor = tensor.to(dtype)
-    if not tensor.isfinite().all():
-        raise CheckpointError(f'checkpoint {checkpoint} holds NaN or infinite values in {name}')
-    return tensor
 
 
 def module_names(names: Iterable[str]) -> list[str]:
@@ -355,74 +331,41 @@ def _read(checkpoint: str, map_location: str) -> dict:
     if scheme == 'file':
         checkpoint = url2pathname(urlparse(checkpoint).path)
     elif scheme in ('http', 'https'):
-        checkpoint = _download(checkpoint)
+        checkpoint = download(checkpoint)
     elif scheme:
         return _read_remote(checkpoint, map_location)
-    return _read_local(checkpoint, map_location)
-
-
-def _read_local(checkpoint: str, map_location: str) -> dict:
-    checkpoint = osp.expanduser(checkpoint)
-    if not checkpoint.endswith('.safetensors') or not osp.isfile(checkpoint):
-        return read_checkpoint(checkpoint, map_location)
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-    except ImportError as error:
-        raise CheckpointError(
-            f'checkpoint {checkpoint} needs the package safetensors: pip install safetensors'
-        ) from error
-    try:
-        return load_file(checkpoint, device=str(map_location or 'cpu'))
-    except SafetensorError as error:
-        raise CheckpointError(f'checkpoint {checkpoint} is damaged ({error})') from error
-
-
-def _download(url: str) -> str:
-    name = osp.basename(urlparse(url).path)
-    path = osp.join(torch.hub.get_dir(), 'checkpoints', name)
-    # Published files carry eight or more digits of their hash; fewer may be a word's end.
-    digits = re.search(r'-([0-9a-f]{8,})\.', name)
-    if is_main_process():
-        _fetch(url, path, digits and digits[1])
-    barrier()
-    # Processes of other machines do not share the main process's disk.
-    _fetch(url, path, digits and digits[1])
-    return path
-
-
-def _fetch(url: str, path: str, hash_prefix: str | None) -> None:
-    if osp.exists(path):
-        return
-    mkdir_or_exist(osp.dirname(path))
-    print_log(f'Downloading {url} to {path}', logger='current')
-    try:
-        torch.hub.download_url_to_file(url, path, hash_prefix, progress=False)
-    # A wrong hash is a RuntimeError, a network failure an OSError.
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(f'checkpoint {url} cannot be downloaded ({error})') from error
+    return read_checkpoint(checkpoint, map_location)
 
 
 def _read_remote(checkpoint: str, map_location: str) -> dict:
     try:
         with get_local_path(checkpoint) as path:
-            return _read_local(str(path), map_location)
+            return read_checkpoint(str(path), map_location)
     except (KeyError, ImportError) as error:
         raise CheckpointError(
             f'checkpoint {checkpoint}: no file backend of mmengine reads such an address ({error})'
         ) from error
 
 
+def _in_channels(weights: dict[str, Tensor]) -> int:
+    stem = weights.get('patch_embeds.0.proj.weight')
+    known = stem is not None and stem.dim() == 4 and 0 < stem.shape[1] <= _MAX_CHANNELS
+    return stem.shape[1] if known else 3
+
+
+def _is_of_classifier(name: str) -> bool:
+    return name.split('.')[0] in ('head', 'norm')
+
+
 def _is_known_surplus(model: nn.Module, name: str) -> bool:
-    part, _, rest = name.partition('.')
-    if part in ('head', 'norm'):
+    if _is_of_classifier(name):
         return True
-    index = rest.split('.')[0]
-    if part not in _PER_STAGE or not index.isdigit():
+    part, index, *_ = [*name.split('.'), '']
+    if part not in _PER_STAGE or not re.fullmatch(f'[0-{_NUM_STAGES - 1}]', index):
         return False
     if part == 'norm_list' and int(index) < len(getattr(model, 'norm_list', ())):
         return isinstance(model.norm_list[int(index)], nn.Identity)
-    return len(model.stages) <= int(index) < _NUM_STAGES
+    return len(model.stages) <= int(index)
 
 
 def _hints(model: nn.Module, state: dict[str, Tensor], unexpected: list[str]) -> list[str]:
@@ -434,8 +377,3 @@ def _hints(model: nn.Module, state: dict[str, Tensor], unexpected: list[str]) ->
     if unexpected and all(name.startswith('norm_list.') for name in unexpected):
         return ["it was trained with norms after the stages, use stage_norm='chained' or 'output'"]
     return []
-
-
-def _shorten(names: list) -> str:
-    shown = ', '.join(map(str, names[:_SHOWN_KEYS]))
-    return f'{shown}, ... {len(names) - _SHOWN_KEYS} more' if len(names) > _SHOWN_KEYS else shown

@@ -8,6 +8,7 @@ import torch
 
 from mmscalablevit import ScalableViT
 from mmscalablevit.engine import cli
+from mmscalablevit.engine.checkpoint import check_values
 from mmscalablevit.models.checkpoint import (
     detection_name,
     module_names,
@@ -49,7 +50,7 @@ def convert(src: str, naming: str) -> tuple[dict, str, list[str]]:
         that were left out.
 
     Raises:
-        CheckpointError: If the file holds no whole backbone.
+        CheckpointError: If the file holds no whole backbone, or NaN or infinite values.
     """
     backbone, outside = split_backbone(read_weights(src), src)
     arch = recognize(ScalableViT, backbone, src)
@@ -63,6 +64,7 @@ def convert(src: str, naming: str) -> tuple[dict, str, list[str]]:
         for name, tensor in outside.items()
         if name.startswith('head.fc.')
     }
+    check_values(head, src)
     left_out = [name for name in outside if not name.startswith('head.fc.')]
     return dict(model={**backbone, **head}), arch, module_names(left_out)
 

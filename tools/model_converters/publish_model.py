@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from mmscalablevit.engine import CheckpointError, cli, read_checkpoint
+from mmscalablevit.engine.checkpoint import check_values, find_weights, shorten
 
 
 def parse_args() -> argparse.Namespace:
@@ -43,14 +44,18 @@ def publish(in_file: str, out_file: str, save_keys: list[str]) -> tuple[Path, li
         tuple[Path, list[str]]: The published file, and the keys that were removed.
 
     Raises:
-        CheckpointError: If the checkpoint has no weights among the kept keys.
+        CheckpointError: If the checkpoint has no weights among the kept keys, or they hold NaN or
+            infinite values.
     """
     checkpoint = read_checkpoint(in_file, map_location='cpu')
     if 'state_dict' not in checkpoint or 'state_dict' not in save_keys:
         raise CheckpointError(
             f'checkpoint {in_file} would be published without state_dict; it holds '
-            f'{", ".join(checkpoint)}, of which --save-keys keeps {", ".join(save_keys)}'
+            f'{shorten(list(checkpoint))}, of which --save-keys keeps {", ".join(save_keys)}'
         )
+    weights = find_weights(checkpoint, in_file)
+    # Buffers may hold integers.
+    check_values(weights, in_file, parameters=weights)
     removed = [key for key in checkpoint if key not in save_keys]
     out = Path(f'{out_file.removesuffix(".pth")}.pth')
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ import torch
 
 from mmscalablevit import ScalableViT
 from mmscalablevit.engine import CheckpointError, cli
+from mmscalablevit.engine.checkpoint import check_values
 from mmscalablevit.models.checkpoint import (
     module_names,
     read_weights,
@@ -68,6 +69,7 @@ def convert(src: str, task: str) -> tuple[dict, list[str]]:
             f'checkpoint {src} is no released classifier (norm and head, no norm_list, nothing '
             f'else), it holds {", ".join(module_names([*inside, *outside]))}; try --task backbone'
         )
+    check_values({name: inside[name] for name in head}, src)
     state = {
         name.replace('head.', 'head.fc.', 1) if name in head else f'backbone.{name}': tensor
         for name, tensor in inside.items()
