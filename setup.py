@@ -27,7 +27,7 @@ OPENMMLAB = [
 ]
 # A program of torch.export becomes ONNX by onnxscript; onnxruntime checks it.
 ONNX = ['onnx>=1.17', 'onnxscript>=0.5', 'onnxruntime>=1.20']
-TEST = ['pytest>=8', 'pytest-xdist>=3', 'hypothesis>=6', 'safetensors', 'ruff==0.17.*']
+TEST = ['pytest>=8', 'pytest-xdist>=3', 'hypothesis>=6', 'psutil', 'safetensors', 'ruff==0.17.*']
 TENSORBOARD = ['tensorboard']
 NOTEBOOK = ['nbclient', 'nbformat', 'ipykernel', 'matplotlib']
 DOCS = ['mkdocs>=1.6,<2', 'mkdocs-material>=9.5', 'mkdocstrings[python]>=1']
@@ -81,7 +81,7 @@ setup(
     ],
     python_requires='>=3.10',
     packages=find_packages(include=['mmscalablevit', 'mmscalablevit.*']),
-    install_requires=['torch>=2.0', 'numpy'],
+    install_requires=['torch>=2.4', 'numpy'],
     extras_require={
         'det': DET,
         'seg': SEG,

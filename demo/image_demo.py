@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import track
 
 # Imported before any toolbox: it registers the backbone.
-from mmscalablevit.engine import cli
+from mmscalablevit.engine import CheckpointError, cli
 from mmscalablevit.engine.cli import UserError
 
 matplotlib.use('Agg')
@@ -290,8 +290,11 @@ def read_classes(meta: dict, cfg: Config, checkpoint: str, num_classes: int | No
     Raises:
         UserError: If there are no names, or not as many as the model has classes.
     """
-    found = {key.lower(): value for key, value in (meta.get('dataset_meta') or meta).items()}
     source = f'checkpoint {checkpoint}'
+    try:
+        found = {key.lower(): value for key, value in (meta.get('dataset_meta') or meta).items()}
+    except AttributeError as error:
+        raise CheckpointError(f'{source} holds a meta that is no dict of names') from error
     if not found.get('classes'):
         source = f'the test data set of {cfg.filename}'
         with cli.config_errors(cfg):

@@ -2,6 +2,7 @@
 """Evaluate a checkpoint on the test set of its config."""
 
 import argparse
+import os
 import os.path as osp
 
 from mmengine.config import Config, ConfigDict
@@ -11,6 +12,14 @@ from mmengine.utils import mkdir_or_exist
 # Imported before any toolbox: the package makes a torchvision that lacks its compiled half
 # importable.
 from mmscalablevit.engine import cli
+from mmscalablevit.engine.checkpoint import check_file
+
+# Launcher: the variable in which mmengine looks for its number of processes.
+WORLD_SIZES = {
+    'pytorch': 'WORLD_SIZE',
+    'slurm': 'SLURM_NTASKS',
+    'mpi': 'OMPI_COMM_WORLD_SIZE',
+}
 
 
 def parse_args() -> argparse.Namespace:
@@ -55,6 +64,13 @@ def set_out(cfg: Config, out: str) -> None:
 
 def set_show_dir(cfg: Config, show_dir: str) -> None:
     """Draw every prediction."""
+    processes = int(os.environ.get(WORLD_SIZES.get(cfg.launcher, ''), 1))
+    # The visualizers of mm packages draw in the first process alone.
+    if processes > 1:
+        raise cli.UserError(
+            f'--show-dir draws the images of one process only, and there are {processes}; test '
+            'with one, or write the predictions of all with --out'
+        )
     hook = cfg.get('default_hooks', {}).get('visualization')
     if hook is None:
         raise cli.UserError(f'--show-dir needs default_hooks.visualization in {cfg.filename}')
@@ -87,8 +103,8 @@ def main() -> None:
     """Evaluate."""
     args = parse_args()
     cfg = cli.load_config(args)
-    if '://' not in args.checkpoint and not osp.isfile(args.checkpoint):
-        raise cli.UserError(f'checkpoint {args.checkpoint} does not exist')
+    if '://' not in args.checkpoint:
+        check_file(args.checkpoint)
     cfg.load_from = args.checkpoint
     cfg.resume = False
     if args.out:

@@ -3,13 +3,14 @@
 
 import argparse
 import importlib.util
-import os.path as osp
 
 from mmengine.config import Config
 
 # Imported before any toolbox: the package makes a torchvision that lacks its compiled half
 # importable.
 from mmscalablevit.engine import cli
+from mmscalablevit.engine.checkpoint import check_file
+from mmscalablevit.engine.resume import find_checkpoint, use_checkpoint_seed, use_resumable_hooks
 
 # Tracker: backend of mmengine, the module it needs, what installs that.
 TRACKERS = {
@@ -71,10 +72,12 @@ def enable_auto_scale_lr(cfg: Config) -> None:
 
 def set_resume(cfg: Config, checkpoint: str) -> None:
     """Continue from a checkpoint file, or with 'auto' from the work directory's latest."""
-    if checkpoint != 'auto' and '://' not in checkpoint and not osp.isfile(checkpoint):
-        raise cli.UserError(f'--resume: checkpoint {checkpoint} does not exist')
+    if checkpoint != 'auto' and '://' not in checkpoint:
+        check_file(checkpoint)
     cfg.resume = True
-    cfg.load_from = None if checkpoint == 'auto' else checkpoint
+    cfg.load_from = find_checkpoint(cfg.work_dir) if checkpoint == 'auto' else checkpoint
+    if cfg.load_from and '://' not in cfg.load_from:
+        use_checkpoint_seed(cfg, cfg.load_from)
 
 
 def add_tracker(cfg: Config, name: str) -> None:
@@ -101,9 +104,11 @@ def main() -> None:
         set_resume(cfg, args.resume)
     if args.tracker:
         add_tracker(cfg, args.tracker)
+    use_resumable_hooks(cfg)
     cli.check_data(cfg, ('train_dataloader', 'val_dataloader'))
-    runner = cli.build_runner(cfg, ('train_loop', 'val_loop'), strict=cfg.get('resume', False))
-    runner.train()
+    with cli.disk_errors(cfg.work_dir):
+        runner = cli.build_runner(cfg, ('train_loop', 'val_loop'), strict=cfg.get('resume', False))
+        runner.train()
 
 
 if __name__ == '__main__':

@@ -3,27 +3,42 @@
 
 import argparse
 import contextlib
+import errno
+import functools
 import importlib
 import inspect
 import logging
 import os
 import os.path as osp
+import re
 import sys
-import textwrap
+import threading
+import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.device import get_device
+from mmengine.dist import broadcast
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
-from mmengine.registry import OPTIMIZERS, RUNNERS
-from mmengine.runner import Runner
+from mmengine.registry import RUNNERS
+from mmengine.runner import BaseLoop, Runner
 from torch import nn
+from torch.utils.data import DataLoader
 
-from .checkpoint import CheckpointError, read_checkpoint, use_safe_loader
+from .checkpoint import (
+    CheckpointError,
+    check_values,
+    find_weights,
+    one_line,
+    read_checkpoint,
+    use_safe_loader,
+)
+from .checks import class_faults, config_faults, data_set_faults, hook_faults
+from .data import DataError, check_pipelines, data_sets
 
 _DISTRIBUTIONS = {
     'mmdet': 'onedl-mmdetection',
@@ -52,8 +67,17 @@ _PATH_ERRORS = (
     NotADirectoryError,
     PermissionError,
 )
-# What building from a wrong config raises.
-_BUILD_ERRORS = (AssertionError, AttributeError, KeyError, TypeError, ValueError)
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+# What building from a wrong config raises, or the first iteration of what was built.
+_BUILD_ERRORS = (
+    AssertionError,
+    AttributeError,
+    IndexError,
+    KeyError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 class UserError(Exception):
@@ -64,8 +88,9 @@ def run(main: Callable[[], None]) -> None:
     """Run a tool and end it with one sentence and exit code 1 where the user erred.
 
     Args:
-        main (Callable[[], None]): The tool. All errors but ``UserError``, ``CheckpointError`` and
-            those of paths that are missing, forbidden or of the wrong kind keep their traceback.
+        main (Callable[[], None]): The tool. All errors but ``UserError``, ``CheckpointError``,
+            ``DataError`` and those of paths that are missing, forbidden or of the wrong kind keep
+            their traceback.
 
     Example:
         >>> def main():
@@ -79,6 +104,10 @@ def run(main: Callable[[], None]) -> None:
     except _PATH_ERRORS as error:
         # A data loader's worker puts its traceback into the message; the sentence comes last.
         sys.exit(f'error: {str(error).strip().splitlines()[-1]}')
+    except DataError as error:
+        print_log(traceback.format_exc(), logger='current', level=logging.DEBUG)
+        sentence = str(error).strip().splitlines()[-1].split(f'{DataError.__name__}: ', 1)[-1]
+        sys.exit(f'error: {sentence}')
     except (UserError, CheckpointError) as error:
         sys.exit(f'error: {" ".join(str(error).split())}')
 
@@ -181,14 +210,15 @@ def load_config(args: argparse.Namespace) -> Config:
 
 
 def check_data(cfg: Config, loaders: tuple[str, ...]) -> None:
-    """Check that the files and folders of the data sets exist, before a model is built.
+    """Check files, folders and annotations of the data sets, before a model is built.
 
     Args:
         cfg (Config): The config.
         loaders (tuple[str, ...]): Keys of the data loaders that will be used.
 
     Raises:
-        UserError: If a path is missing; the message names it.
+        UserError: If a path is missing or an annotation file of COCO's format has a fault; the
+            message names it.
 
     Example:
         >>> check_data(Config(dict(test_dataloader=dict(dataset=dict(
@@ -202,6 +232,16 @@ def check_data(cfg: Config, loaders: tuple[str, ...]) -> None:
                 raise UserError(
                     f'{loader}: {path} does not exist; put the data there or name its folder with '
                     f'--cfg-options {loader}.dataset.data_root=DIR'
+                )
+    for loader in loaders:
+        for leaf in data_sets((cfg.get(loader) or {}).get('dataset') or ConfigDict()):
+            with config_errors(cfg):
+                faults = list(data_set_faults(cfg, loader, leaf))
+            if faults:
+                more = f' (and {len(faults) - 1} more faults)' if len(faults) > 1 else ''
+                raise UserError(
+                    f'{loader}: {faults[0]}{more}; '
+                    'tools/dataset_converters/check_data.py lists all faults of the data'
                 )
 
 
@@ -219,38 +259,52 @@ def build_runner(cfg: Config, loops: tuple[str, ...], strict: bool) -> Runner:
         Runner: The runner.
 
     Raises:
-        UserError: If the model or a loop cannot be built; ``train()`` raises it for the optimizer
-            and its schedulers. The traceback is shown with ``--cfg-options log_level=DEBUG``.
+        UserError: If the model or a loop cannot be built, or the model's number of classes is not
+            that of the data; ``train()`` raises it for the optimizer and its schedulers, and for
+            the first iteration. The traceback is shown with ``--cfg-options log_level=DEBUG``.
 
     Example:
         >>> cfg = Config.fromfile('configs/detection/mask-rcnn_scalablevit-s_fpn_1x_coco.py')
         >>> cfg.work_dir = '/tmp/work_dir'
         >>> runner = build_runner(cfg, loops=('test_loop',), strict=True)  # doctest: +SKIP
     """
+    _refuse(cfg, config_faults(cfg, loops, _known_keys()))
     _adapt_to_cpu(cfg)
     use_safe_loader()
     with config_errors(cfg):
         runner = RUNNERS.build(cfg)
-        for loop in loops:
-            getattr(runner, loop)
-    if 'train_loop' in loops:
-        _check_optimizer(cfg)
+        built = {loop: getattr(runner, loop) for loop in loops}
+    _refuse(cfg, hook_faults(runner))
+    for name, loop in built.items():
+        if loop is not None:
+            _end_workers_with_job(loop.dataloader)
+            dataset = loop.dataloader.dataset
+            for leaf in data_sets(dataset):
+                _refuse(cfg, class_faults(cfg, name.replace('loop', 'dataloader'), leaf))
+            check_pipelines(dataset)
+            _explain_first_iteration(cfg, loop)
     # The schedulers must not be built before the learning rate is scaled, so train() builds these.
-    for build in ('build_optim_wrapper', 'scale_lr', 'build_param_scheduler'):
+    for build in (
+        'build_optim_wrapper',
+        'scale_lr',
+        'build_param_scheduler',
+        '_init_model_weights',
+    ):
         setattr(runner, build, config_errors(cfg)(getattr(runner, build)))
     if strict or cfg.get('load_from'):
         _load_strictly(runner)
-    if not strict:
-        runner.register_hook(_NewClassesHook())
+    runner.register_hook(_SameClassesHook() if strict else _NewClassesHook())
+    runner.register_hook(_SameBuffersHook())
     return runner
 
 
 @contextlib.contextmanager
-def config_errors(cfg: Config) -> Iterator[None]:
+def config_errors(cfg: Config, fails: str = 'cannot be built') -> Iterator[None]:
     """Turn the errors of building from a wrong config into a ``UserError`` that names it.
 
     Args:
         cfg (Config): The config.
+        fails (str): What the config does, for the message. Defaults to 'cannot be built'.
 
     Raises:
         UserError: In place of what modules raise for unknown types and bad arguments.
@@ -263,11 +317,54 @@ def config_errors(cfg: Config) -> Iterator[None]:
     """
     try:
         yield
+    except CheckpointError:
+        raise
     except _BUILD_ERRORS as error:
         print_log(traceback.format_exc(), logger='current', level=logging.DEBUG)
+        raise UserError(f'config {cfg.filename} {fails}: {_reason(error)}') from error
+
+
+def _reason(error: Exception) -> str:
+    # str() of a KeyError is its message in quotes.
+    message = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    # numpy says so of a list of images that is empty.
+    if 'need at least one array to concatenate' in message:
+        return 'a data set has no image left after its filter_cfg, such as min_size'
+    if not message:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        message = f'{frame.line} ({frame.filename}:{frame.lineno})'
+    return f'{type(error).__name__}: {one_line(message, 500)}'
+
+
+@contextlib.contextmanager
+def disk_errors(folder: str) -> Iterator[None]:
+    """Turn the errors of a full or read-only disk into a ``UserError`` that names the file.
+
+    Args:
+        folder (str): The folder that is written to, for errors that come without a name.
+
+    Raises:
+        UserError: In place of these errors.
+
+    Example:
+        >>> with disk_errors('work_dirs'), open('/dev/full', 'w') as file:
+        ...     file.write('text')
+        Traceback (most recent call last):
+        mmscalablevit.engine.cli.UserError: cannot write to work_dirs: No space left on device; ...
+    """
+    # Else each line that does not fit into the log file prints a traceback.
+    raise_exceptions, logging.raiseExceptions = logging.raiseExceptions, False
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
         raise UserError(
-            f'config {cfg.filename} cannot be built: {type(error).__name__}: {error}'
+            f'cannot write to {error.filename or folder}: {error.strerror}; once it can be '
+            'written to, --resume continues from the last checkpoint'
         ) from error
+    finally:
+        logging.raiseExceptions = raise_exceptions
 
 
 def load_weights(model: nn.Module, filename: str, config: str) -> dict:
@@ -283,7 +380,8 @@ def load_weights(model: nn.Module, filename: str, config: str) -> dict:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        CheckpointError: If it cannot be read or does not fit; the message names what differs.
+        CheckpointError: If it cannot be read, does not fit, is of another precision, or holds NaN
+            or infinite values; the message names what differs.
 
     Example:
         >>> model = torch.nn.Linear(2, 1)
@@ -292,15 +390,22 @@ def load_weights(model: nn.Module, filename: str, config: str) -> dict:
         odict_keys(['weight', 'bias'])
     """
     checkpoint = read_checkpoint(filename, map_location='cpu')
+    weights = find_weights(checkpoint, filename)
+    check_values(weights, filename, model.state_dict())
     try:
-        model.load_state_dict(checkpoint.get('state_dict', checkpoint))
-    except (RuntimeError, TypeError) as error:
+        model.load_state_dict(weights)
+    # The file holds versions of the layers, too, on which their code relies.
+    except Exception as error:
         raise _misfit(filename, config, error) from error
     return checkpoint
 
 
+def _known_keys() -> set[str]:
+    return {*inspect.signature(Runner.__init__).parameters, *_OTHER_KEYS}
+
+
 def _merge_options(cfg: Config, options: dict) -> None:
-    known = {*inspect.signature(Runner.__init__).parameters, *_OTHER_KEYS}
+    known = _known_keys()
     for key in options:
         name = key.split('.')[0]
         # Else it would be ignored: a misspelling, or a config's own variable, such as data_root.
@@ -374,37 +479,148 @@ def _data_paths(dataset: ConfigDict) -> Iterator[str]:
     yield from (osp.join(root, name) for name in names if isinstance(name, str) and name)
 
 
-def _check_optimizer(cfg: Config) -> None:
-    # mmengine fails on an unknown one without naming it.
-    name = ((cfg.get('optim_wrapper') or {}).get('optimizer') or {}).get('type')
-    if isinstance(name, str) and OPTIMIZERS.get(name) is None:
-        raise UserError(f'config {cfg.filename}: there is no optimizer {name!r}')
+def _refuse(cfg: Config, faults: Iterable[str]) -> None:
+    for fault in faults:
+        raise UserError(f'config {cfg.filename}: {fault}')
+
+
+def _explain_first_iteration(cfg: Config, loop: BaseLoop) -> None:
+    # What of a config does not fit together, such as numbers of channels, shows there.
+    run_iter = loop.run_iter
+
+    def run_first(*args, **kwargs) -> None:
+        loop.run_iter = run_iter
+        with config_errors(cfg, 'fails in its first iteration'):
+            run_iter(*args, **kwargs)
+
+    loop.run_iter = run_first
+
+
+def _end_workers_with_job(loader: DataLoader) -> None:
+    """Make the workers of a data loader end with its process, also where that is killed.
+
+    torch's workers notice it, but then wait to hand over what they loaded, which nobody takes.
+    """
+    loader.worker_init_fn = functools.partial(_start_worker, loader.worker_init_fn)
+
+
+def _start_worker(init: Callable[[int], None] | None, worker_id: int) -> None:
+    def end_with(parent: int) -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=end_with, args=[os.getppid()], daemon=True).start()
+    if init is not None:
+        init(worker_id)
 
 
 def _load_strictly(runner: Runner) -> None:
     """Make the runner refuse a checkpoint that does not fit its model; mmengine only warns."""
-    load_checkpoint = runner.load_checkpoint
+    load_checkpoint, resume = runner.load_checkpoint, runner.resume
+    check = _CheckWeightsHook()
+    runner.register_hook(check, priority='HIGHEST')
 
     def load(filename: str, *args, **kwargs) -> dict:
+        check.filename = filename
         try:
             return load_checkpoint(filename, *args, **{**kwargs, 'strict': True})
-        except CheckpointError:
+        except (CheckpointError, OSError):
             raise
-        except RuntimeError as error:
+        except Exception as error:
             raise _misfit(filename, runner.cfg.filename, error) from error
 
-    runner.load_checkpoint = load
+    def resume_strictly(filename: str, *args, **kwargs) -> None:
+        try:
+            resume(filename, *args, **kwargs)
+        except (CheckpointError, OSError, UserError):
+            raise
+        except Exception as error:
+            raise CheckpointError(
+                f'checkpoint {filename} cannot be resumed from, as its training state is missing '
+                f'or does not fit {runner.cfg.filename} '
+                f'({one_line(f"{type(error).__name__}: {error}", 200)})'
+            ) from error
+
+    runner.load_checkpoint, runner.resume = load, resume_strictly
 
 
 def _misfit(filename: str, config: str, error: Exception) -> CheckpointError:
     # The first line only says that model and checkpoint differ.
     lines = [line for line in str(error).splitlines() if line.strip()]
     lines = lines[1:] or lines
-    found = '; '.join(textwrap.shorten(line, 120, placeholder=' ...') for line in lines[:3])
+    found = '; '.join(one_line(line, 120) for line in lines[:3])
     return CheckpointError(
         f'checkpoint {filename} does not fit the model of {config}: {found} '
         '(weights of the backbone alone belong to model.backbone.init_cfg)'
     )
+
+
+class _CheckWeightsHook(Hook):
+    """Checks what a checkpoint holds before the runner takes any of it."""
+
+    filename = ''
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        weights = find_weights(checkpoint, self.filename)
+        # Wrappers of a model put this before its names, in the checkpoint or in the model.
+        parameters = {_unwrapped(k): v for k, v in runner.model.state_dict().items()}
+        check_values({_unwrapped(k): v for k, v in weights.items()}, self.filename, parameters)
+        if not runner.cfg.get('resume'):
+            return
+        # Of an EMAHook: the model's own weights, while state_dict holds the averaged ones.
+        states = {'ema_state_dict': checkpoint.get('ema_state_dict') or {}}
+        moments = (checkpoint.get('optimizer') or {}).get('state') or {}
+        states.update({f'optimizer.state.{index}': state for index, state in moments.items()})
+        for where, state in states.items():
+            values = {f'{where}.{k}': v for k, v in state.items()}
+            tensors = {k: v for k, v in values.items() if isinstance(v, torch.Tensor)}
+            check_values(tensors, self.filename, tensors)
+
+
+def _unwrapped(name: str) -> str:
+    return name.removeprefix('module.')
+
+
+class _SameClassesHook(Hook):
+    """Refuses a checkpoint of the data set's classes in another order; warns of other classes."""
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        name = 'train_dataloader' if runner.cfg.get('resume') else 'test_dataloader'
+        wanted = (getattr(runner, name).dataset.metainfo or {}).get('classes')
+        meta = (checkpoint.get('meta') or {}).get('dataset_meta') or {}
+        trained = meta.get('classes', meta.get('CLASSES'))
+        if not wanted or not trained or len(wanted) != len(trained):
+            return
+        there, here = list(map(_plain, trained)), list(map(_plain, wanted))
+        if there == here:
+            return
+        i = next(i for i, plain in enumerate(there) if plain != here[i])
+        names = f'class {i} is {one_line(trained[i])!r} there and {wanted[i]!r} here'
+        said = f'checkpoint {runner.cfg.load_from} was trained for'
+        if sorted(there) == sorted(here):
+            raise CheckpointError(f'{said} the classes of {name} in another order: {names}')
+        print_log(
+            f'{said} other classes than {name} has: {names}',
+            logger='current',
+            level=logging.WARNING,
+        )
+
+
+def _plain(name: str) -> str:
+    """A class's name without what its spellings differ in: case, spaces, hyphens, underscores."""
+    return re.sub(r'[\s_-]', '', str(name)).lower()
+
+
+class _SameBuffersHook(Hook):
+    """Lets every rank validate the model that rank 0 saves.
+
+    Without SyncBN each rank has its own statistics in the buffers of BN.
+    """
+
+    def before_val_epoch(self, runner: Runner) -> None:
+        for buffer in runner.model.buffers():
+            broadcast(buffer)
 
 
 class _NewClassesHook(Hook):

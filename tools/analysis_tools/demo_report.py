@@ -10,7 +10,6 @@ from pathlib import Path
 import cv2
 import matplotlib
 import numpy as np
-import torch
 from matplotlib import pyplot as plt
 from matplotlib.patches import Patch
 from mmengine.device import get_device
@@ -20,7 +19,7 @@ from rich.progress import track
 
 # Imported before any toolbox: it registers the backbone.
 from mmscalablevit.engine import cli
-from mmscalablevit.engine.checkpoint import read_checkpoint, use_safe_loader
+from mmscalablevit.engine.checkpoint import find_weights, read_checkpoint, use_safe_loader
 from mmscalablevit.engine.cli import UserError
 
 matplotlib.use('Agg')
@@ -363,6 +362,7 @@ def find_model(work_dir: Path) -> tuple[Path, Path]:
 
     Raises:
         UserError: If either is missing.
+        CheckpointError: If the checkpoint is damaged or holds no weights.
     """
     last = find_latest_checkpoint(str(work_dir))
     if last is None:
@@ -373,24 +373,9 @@ def find_model(work_dir: Path) -> tuple[Path, Path]:
     for path in (config, checkpoint):
         if not path.is_file():
             raise UserError(f'no file {path}; the run in {work_dir} is incomplete')
+    # The toolboxes, which build the models, fail on wrong weights without naming the file.
+    find_weights(read_checkpoint(str(checkpoint), 'cpu'), str(checkpoint))
     return config, checkpoint
-
-
-def load_strictly(model: torch.nn.Module, checkpoint: Path) -> None:
-    """Load weights that must fit; what builds the models in the toolboxes only warns.
-
-    Args:
-        model (torch.nn.Module): The model.
-        checkpoint (Path): The file.
-
-    Raises:
-        UserError: If the checkpoint does not hold exactly the model's parameters.
-    """
-    try:
-        model.load_state_dict(read_checkpoint(str(checkpoint), 'cpu')['state_dict'])
-    except RuntimeError as error:
-        reason = ' '.join(str(error).split())[:200]
-        raise UserError(f'{checkpoint} does not fit the last run: {reason} ...') from error
 
 
 def find_images(data: Path, count: int) -> list[Path]:
@@ -442,7 +427,8 @@ def show_detections(work_dir: Path, data: Path, images: list[Path], path: Path) 
     classes = model.dataset_meta['classes']
     # Where the configuration names no colors, the palette is COCO's and longer.
     palette = list(model.dataset_meta['palette'])[: len(classes)]
-    load_strictly(model, checkpoint)
+    # The toolbox only warns of weights that do not fit.
+    cli.load_weights(model, str(checkpoint), str(config))
     visualizer = DetLocalVisualizer(line_width=1.5, alpha=0.6)
     visualizer.dataset_meta = dict(classes=classes, palette=palette)
 
@@ -508,7 +494,8 @@ def show_segmentation(work_dir: Path, data: Path, images: list[Path], path: Path
     config, checkpoint = find_model(work_dir)
     model = init_model(str(config), str(checkpoint), device=get_device())
     classes, palette = model.dataset_meta['classes'], model.dataset_meta['palette']
-    load_strictly(model, checkpoint)
+    # The toolbox only warns of weights that do not fit.
+    cli.load_weights(model, str(checkpoint), str(config))
     visualizer = SegLocalVisualizer(alpha=0.7)
     visualizer.dataset_meta = dict(classes=classes, palette=palette)
 

@@ -15,7 +15,12 @@ from torch import Tensor, nn
 # Imported before any toolbox: it makes a torchvision without its compiled half importable.
 from mmscalablevit import ScalableViT
 from mmscalablevit.engine import cli
-from mmscalablevit.engine.checkpoint import CheckpointError, read_checkpoint
+from mmscalablevit.engine.checkpoint import (
+    CheckpointError,
+    check_values,
+    find_weights,
+    read_checkpoint,
+)
 from mmscalablevit.models.attention import (
     InteractiveWindowSelfAttention,
     ScalableSelfAttention,
@@ -200,10 +205,10 @@ def build_swin(checkpoint: str | None) -> nn.Module:
     if checkpoint is None:
         model.init_weights()
         return model
-    weights = read_checkpoint(checkpoint, 'cpu')
-    weights = weights.get('state_dict', weights)
     prefix = 'backbone.'
+    weights = find_weights(read_checkpoint(checkpoint, 'cpu'), checkpoint)
     weights = {k[len(prefix) :]: v for k, v in weights.items() if k.startswith(prefix)}
+    check_values(weights, checkpoint, model.state_dict())
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

@@ -7,12 +7,9 @@ their EXIF tag. This reads what the data loaders of a config would read and list
 """
 
 import argparse
-import json
-import math
 import os
 import os.path as osp
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,6 +25,9 @@ from rich.progress import track
 # Imported before any toolbox: the package makes a torchvision that lacks its compiled half
 # importable.
 from mmscalablevit.engine import cli
+from mmscalablevit.engine.annotations import Findings, check_coco_file
+from mmscalablevit.engine.checks import head_classes
+from mmscalablevit.engine.data import data_sets
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
 STANDARD = {
@@ -42,40 +42,8 @@ OFFICIAL_COUNTS = {
     ('ADE20KDataset', 'validation'): 2000,
 }
 SAMPLE = 200
-NAMED = 3
-NUMBER = (int, float)
-REQUIRED_KEYS = dict(
-    images=dict(id=(int, str), file_name=str, height=NUMBER, width=NUMBER),
-    annotations=dict(id=int, image_id=(int, str), category_id=int, bbox=list, area=NUMBER),
-    categories=dict(id=int, name=str),
-)
 EXIF_ORIENTATION = 0x0112
 QUARTER_TURNS = (5, 6, 7, 8)
-
-
-class Findings:
-    """The faults of one data set, each with every place where it was found."""
-
-    def __init__(self) -> None:
-        self.errors: dict[str, list[str]] = {}
-        self.warnings: dict[str, list[str]] = {}
-
-    def error(self, fault: str, place: object) -> None:
-        """Add what breaks or silently spoils training."""
-        self.errors.setdefault(fault, []).append(str(place))
-
-    def warn(self, fault: str, place: object) -> None:
-        """Add what is allowed but perhaps not meant."""
-        self.warnings.setdefault(fault, []).append(str(place))
-
-    def lines(self) -> Iterator[str]:
-        """One line for each fault: how often, and the first places."""
-        for kind, faults in (('error', self.errors), ('warning', self.warnings)):
-            for fault, places in faults.items():
-                more = len(places) - NAMED
-                count = f' ({len(places)} times)' if len(places) > 1 else ''
-                rest = f' and {more} more' if more > 0 else ''
-                yield f'{kind}: {fault}{count}: {", ".join(places[:NAMED])}{rest}'
 
 
 def sample(items: list, full: bool) -> list:
@@ -120,109 +88,6 @@ def read_labels(path: str) -> np.ndarray | str:
         return str(error)
 
 
-def read_coco(path: str, findings: Findings) -> dict | None:
-    """The entries of an annotation file that have all keys; None if there is no using it."""
-    try:
-        content = json.loads(Path(path).read_bytes())
-    except ValueError as error:
-        findings.error('is not JSON', f'{path}: {error}')
-        return None
-    missing = [
-        key
-        for key in REQUIRED_KEYS
-        if not isinstance(content, dict) or not isinstance(content.get(key), list)
-    ]
-    if missing:
-        findings.error(f'has no list of {" and no list of ".join(missing)}', path)
-        return None
-
-    entries = {}
-    for part, keys in REQUIRED_KEYS.items():
-        entries[part] = []
-        for i, entry in enumerate(content[part]):
-            values = entry if isinstance(entry, dict) else {}
-            lacking = [key for key in keys if not isinstance(values.get(key), keys[key])]
-            if lacking:
-                findings.error(f'{path}: entry has no valid {", ".join(lacking)}', f'{part}[{i}]')
-            else:
-                entries[part].append(entry)
-        ids = Counter(entry['id'] for entry in entries[part])
-        for id_ in (id_ for id_, count in ids.items() if count > 1):
-            findings.error(f'{path}: id is given to several {part}', id_)
-        if not entries[part]:
-            findings.error(f'{path} has no usable entry in', part)
-    return entries
-
-
-def check_categories(path: str, entries: dict, classes: list[str], findings: Findings) -> None:
-    """Compare the categories of an annotation file with the classes of the config."""
-    names = [category['name'] for category in entries['categories']]
-    for name in (name for name in classes if name not in names):
-        findings.error(f'class of the config is not among the categories of {path}', repr(name))
-    for name in (name for name in names if name not in classes):
-        findings.warn(
-            f'category of {path} is no class of the config; its objects are ignored', repr(name)
-        )
-    used = [name for name in names if name in classes]
-    if len(used) != len(set(used)):
-        findings.error(f'{path} has two categories of one name', Counter(used).most_common(1)[0][0])
-    elif len(used) == len(classes) and used != list(classes):
-        # mmdet numbers the classes in the file's order, and names them in the config's.
-        findings.error(f'classes must stand in the order of the categories of {path}', used)
-
-    labeled = {annotation['category_id'] for annotation in entries['annotations']}
-    for category in entries['categories']:
-        if category['name'] in classes and category['id'] not in labeled:
-            findings.warn(f'class has no object in {path}', repr(category['name']))
-
-
-def mask_fault(mask: object, image: dict) -> str | None:
-    """What is wrong with a segmentation of COCO."""
-    if not mask:
-        return 'annotation has no segmentation, and the config trains on masks'
-    if isinstance(mask, dict):
-        if list(mask.get('size', [])) != [image['height'], image['width']]:
-            return 'run-length encoding is not of the size of its image'
-        return None if 'counts' in mask else 'run-length encoding has no counts'
-    if not isinstance(mask, list) or not all(isinstance(polygon, list) for polygon in mask):
-        return 'segmentation is neither a list of polygons nor a run-length encoding'
-    if any(len(polygon) < 6 or len(polygon) % 2 for polygon in mask):
-        return 'polygon is not of at least 3 points x, y'
-    return None
-
-
-def check_annotations(
-    path: str, entries: dict, with_masks: bool, evaluated: bool, findings: Findings
-) -> None:
-    """Check every object of an annotation file."""
-    images = {image['id']: image for image in entries['images']}
-    categories = {category['id'] for category in entries['categories']}
-    for annotation in entries['annotations']:
-        id_, box = f'id {annotation["id"]}', annotation['bbox']
-        image = images.get(annotation['image_id'])
-        if image is None:
-            findings.error(f'{path}: annotation of an image_id that is not listed', id_)
-            continue
-        if annotation['category_id'] not in categories:
-            findings.error(f'{path}: annotation of a category_id that is not listed', id_)
-        if evaluated and annotation['id'] == 0:
-            findings.error(f'{path}: pycocotools counts a match with this id as none', id_)
-        if evaluated and 'iscrowd' not in annotation:
-            findings.error(f'{path}: annotation has no iscrowd, which the evaluation reads', id_)
-        if with_masks:
-            fault = mask_fault(annotation.get('segmentation'), image)
-            if fault:
-                findings.error(f'{path}: {fault}', id_)
-        numbers = all(isinstance(x, NUMBER) and math.isfinite(x) for x in box)
-        if not numbers or len(box) != 4:
-            findings.error(f'{path}: bbox is not four numbers x, y, width, height', id_)
-            continue
-        x, y, width, height = box
-        inside = x < image['width'] and y < image['height'] and x + width > 0 and y + height > 0
-        if width < 1 or height < 1 or not inside:
-            findings.warn(f'{path}: object is ignored, its bbox is empty or off the image', id_)
-
-
 def check_coco(
     dataset: BaseDataset, with_masks: bool, evaluated: bool, full: bool, findings: Findings
 ) -> str:
@@ -245,11 +110,9 @@ def check_coco(
     path, folder = dataset.ann_file, dataset.data_prefix.get('img', '')
     if not found([(osp.isfile, path), (osp.isdir, folder)], findings):
         return ''
-    entries = read_coco(path, findings)
+    entries = check_coco_file(dataset, with_masks, evaluated, findings)
     if entries is None:
         return ''
-    check_categories(path, entries, dataset.metainfo['classes'], findings)
-    check_annotations(path, entries, with_masks, evaluated, findings)
 
     files = [(osp.join(folder, image['file_name']), image) for image in entries['images']]
     there = []
@@ -269,7 +132,7 @@ def check_coco(
                 f'image has another size (EXIF rotation applied) than in {path}',
                 f'{file} is {size[0]}x{size[1]} and not {image["width"]}x{image["height"]}',
             )
-    return ', '.join(f'{len(entries[part])} {part}' for part in REQUIRED_KEYS)
+    return ', '.join(f'{len(values)} {part}' for part, values in entries.items())
 
 
 def check_label_map(path: str, size: tuple, dataset: BaseDataset, findings: Findings) -> set[int]:
@@ -372,29 +235,6 @@ def found(needed: list[tuple[Callable, str]], findings: Findings) -> bool:
         kind = 'folder' if test is osp.isdir else 'file'
         findings.error(f'{kind} does not exist', path or 'none is named in the config')
     return not absent
-
-
-def leaves(dataset: ConfigDict) -> Iterator[ConfigDict]:
-    """The data sets inside wrappers such as RepeatDataset and ConcatDataset."""
-    inner = [dataset.get('dataset'), *dataset.get('datasets', [])]
-    if not any(inner):
-        yield dataset
-    for nested in filter(None, inner):
-        yield from leaves(nested)
-
-
-def head_classes(part: object, name: str = 'model') -> Iterator[tuple[str, int]]:
-    """Every ``num_classes`` of a model's config, with its key."""
-    if isinstance(part, list | tuple):
-        for i, item in enumerate(part):
-            yield from head_classes(item, f'{name}.{i}')
-    if not isinstance(part, dict):
-        return
-    for key, value in part.items():
-        if key == 'num_classes':
-            yield f'{name}.{key}', value
-        else:
-            yield from head_classes(value, f'{name}.{key}')
 
 
 def check_dataset(cfg: Config, loader: str, leaf: ConfigDict, full: bool) -> tuple[str, Findings]:
@@ -536,7 +376,7 @@ def main() -> None:
 
     done, errors = [], 0
     for loader in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
-        for leaf in leaves((cfg.get(loader) or {}).get('dataset') or ConfigDict()):
+        for leaf in data_sets((cfg.get(loader) or {}).get('dataset') or ConfigDict()):
             if not leaf or leaf in done:
                 continue
             done.append(leaf)

@@ -1,0 +1,544 @@
+# Copyright (c) mmscalablevit contributors. All rights reserved.
+"""Several processes: they train as one, leave no parameter out, end together, count images once."""
+
+import contextlib
+import copy
+import itertools
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import cv2
+import mmengine
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.model import MMDistributedDataParallel
+from mmengine.optim import build_optim_wrapper
+from test_configs import CONFIGS, DEMO, batch_of, build, load, shallow
+from test_tools import ROOT, SEGMENTOR, TOOLS, run, scalars
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mmscalablevit import ScalableViT
+from mmscalablevit.engine.cli import UserError
+
+CLASSIFICATION = sorted(
+    f'classification/{path.name}' for path in (ROOT / 'configs' / 'classification').glob('*.py')
+)
+NUM_TRAIN, NUM_VAL = 16, 5
+SUBSETS = [subset for length in range(1, 5) for subset in itertools.combinations(range(4), length)]
+TINY = dict(
+    embed_dims=(8, 8, 16, 16),
+    num_heads=(1, 1, 2, 2),
+    depths=(2, 2, 2, 2),
+    c_ratios=(1.25, 1.25, 1.25, 1),
+    sr_ratios=(8, 4, 2, 1),
+    window_sizes=(7, 7, 7, 7),
+    mlp_ratios=(2, 2, 2, 2),
+    ssa_kv='separate',
+)
+# The demo's configs, flips of images included, without what the number of processes may change:
+# dropout, random samples of boxes, and BN, whose statistics are of one process.
+COMMON = """
+custom_imports = dict(imports=['mmscalablevit', 'rank_hooks'], allow_failed_imports=False)
+custom_hooks = [dict(type='RecordLosses')]
+data_root = '{data}/'
+loader = dict(num_workers=0, persistent_workers=False)
+train_dataloader = dict(batch_size=4, dataset=dict(data_root=data_root), **loader)
+val_dataloader = dict(batch_size=2, dataset=dict(data_root=data_root), **loader)
+test_dataloader = val_dataloader
+param_scheduler = [dict(type='ConstantLR', factor=1.0)]
+train_cfg = dict(max_iters=10, val_interval=10)
+default_hooks = dict(logger=dict(interval=1), checkpoint=dict(interval=10))
+"""
+SEGMENTOR_CONFIG = """
+_base_ = '{demo}/scalablevit-demo_upernet_shapes-128x128.py'
+norm_cfg = dict(type='GN', num_groups=4)
+model = dict(
+    data_preprocessor=dict(size=(64, 64)),
+    decode_head=dict(norm_cfg=norm_cfg, dropout_ratio=0.0),
+    auxiliary_head=dict(norm_cfg=norm_cfg, dropout_ratio=0.0),
+)
+"""
+DETECTOR_BASE = "_base_ = '{demo}/mask-rcnn_scalablevit-demo_fpn_shapes.py'"
+# Each image gives the same number of samples, and of positive ones, as the losses are means over
+# the samples of one process.
+DETECTOR_CONFIG = """
+model = dict(
+    train_cfg=dict(
+        rpn=dict(sampler=dict(type='FirstSampler')),
+        rcnn=dict(sampler=dict(type='FirstSampler', num=32, pos_fraction=1 / 16)),
+    ),
+)
+"""
+# Adam would hide gradients of another scale, as would their clipping, and gives noise instead of
+# zero gradients, such as those of a key's bias, the full learning rate.
+SGD = """
+optim_wrapper = dict(
+    _delete_=True, type='OptimWrapper', optimizer=dict(type='SGD', lr=0.01, momentum=0.9))
+"""
+TEST_IMAGES = """
+train_dataloader['dataset'].update(
+    ann_file='annotations/instances_validation.json', data_prefix=dict(img='images/validation/'))
+"""
+COCO = """
+pipeline = _base_.test_pipeline
+pipeline[1].scale = (64, 64)
+val_dataloader['dataset'].update(pipeline=pipeline)
+val_evaluator = dict(ann_file=data_root + 'annotations/instances_validation.json')
+test_evaluator = val_evaluator
+"""
+CONFIG_TEXTS = {
+    'segmentor_sgd.py': SEGMENTOR_CONFIG + COMMON + SGD,
+    'segmentor_adamw.py': SEGMENTOR_CONFIG + COMMON,
+    'detector_sgd.py': DETECTOR_BASE + DETECTOR_CONFIG + COMMON + SGD + COCO,
+    # Trained on the images that it is tested on, for an AP that is not zero.
+    'learned.py': DETECTOR_BASE + COMMON + COCO + TEST_IMAGES,
+}
+
+
+@pytest.fixture(scope='module')
+def room(tmp_path_factory):
+    """A folder to work in: the data set, with an odd number of images to test on, and configs."""
+    folder = tmp_path_factory.mktemp('room')
+    command = [sys.executable, TOOLS / 'dataset_converters' / 'shapes.py', folder / 'shapes']
+    sizes = ['--num-train', str(NUM_TRAIN), '--num-val', str(NUM_VAL), '--size', '64']
+    subprocess.run([*command, *sizes, '--workers', '1'], check=True, stdout=subprocess.DEVNULL)
+    for name, text in CONFIG_TEXTS.items():
+        places = dict(demo=ROOT / 'configs' / 'demo', data=folder / 'shapes')
+        (folder / name).write_text(text.format(**places))
+    return folder
+
+
+@pytest.fixture(scope='module')
+def environment(room):
+    return {
+        **os.environ,
+        'PATH': os.pathsep.join([str(Path(sys.executable).parent), os.environ['PATH']]),
+        'PYTHONPATH': os.pathsep.join([str(ROOT), str(ROOT / 'tests')]),
+        'SHAPES_ROOT': str(room / 'shapes'),
+        'CUDA_VISIBLE_DEVICES': '',
+        'OMP_NUM_THREADS': '1',
+    }
+
+
+def free_port():
+    # Each process has ports of its own, below those that the system gives to connections.
+    first = 20000 + os.getpid() % 1000 * 10
+    for port in range(first, first + 10):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(('127.0.0.1', port))
+            return str(port)
+    raise OSError(f'no free port among {first} to {first + 9}')
+
+
+def by_two(script, room, environment, *arguments):
+    environment = {**environment, 'PORT': free_port()}
+    return run([TOOLS / script, *arguments], room, environment)
+
+
+@pytest.fixture
+def group():
+    """A process group of this process alone."""
+    store = distributed.HashStore()
+    distributed.init_process_group('gloo', store=store, rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+class WithNeck(nn.Module):
+    """A backbone with a layer on each of its maps, as heads have, which is never frozen."""
+
+    def __init__(self, **kwargs):
+        super().__init__()
+        self.backbone = ScalableViT(TINY, drop_path_rate=0.3, **kwargs)
+        dims = [TINY['embed_dims'][i] for i in self.backbone.out_indices]
+        self.neck = nn.ModuleList(nn.Conv2d(dim, 4, 1) for dim in dims)
+
+    def forward(self, images):
+        maps = self.backbone(images)
+        return sum(conv(x).square().mean() for conv, x in zip(self.neck, maps, strict=True))
+
+
+def step_twice(model):
+    """Train as DistributedDataParallel does by default: the second forward finds what is unused."""
+    wrapped = DistributedDataParallel(model.train())
+    for _ in range(2):
+        wrapped(torch.rand(1, 3, 64, 64)).backward()
+
+
+def test_an_unused_parameter_is_an_error(group):
+    model = WithNeck()
+    model.backbone.unused = nn.Parameter(torch.zeros(1))
+
+    with pytest.raises(RuntimeError, match='Expected to have finished reduction'):
+        step_twice(model)
+
+
+@pytest.mark.parametrize('with_cp', [False, True])
+@pytest.mark.parametrize('frozen_stages', range(-1, 5))
+def test_every_parameter_is_used(frozen_stages, with_cp, group):
+    for out_indices in SUBSETS:
+        model = WithNeck(out_indices=out_indices, frozen_stages=frozen_stages, with_cp=with_cp)
+        step_twice(model)
+        without = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+        assert (out_indices, without) == (out_indices, [])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('stage_norm', ['chained', 'output', None])
+def test_every_parameter_is_used_in_any_variant(stage_norm, group):
+    count = 0
+    for out_indices, frozen, with_cp in itertools.product(SUBSETS, range(-1, 5), (False, True)):
+        for final_norm in {False, 3 in out_indices}:
+            step_twice(
+                WithNeck(
+                    out_indices=out_indices,
+                    frozen_stages=frozen,
+                    with_cp=with_cp,
+                    stage_norm=stage_norm,
+                    final_norm=final_norm,
+                )
+            )
+            count += 1
+    print(f'stage_norm={stage_norm}: {count} backbones trained, no unused parameter')
+
+
+def batches_of(cfg):
+    """With objects, without, and with again: the empty one must leave no parameter out, too."""
+    if cfg.default_scope == 'mmpretrain':
+        from mmpretrain.structures import DataSample
+
+        images = [torch.randint(256, (3, 64, 64), dtype=torch.uint8) for _ in range(4)]
+        samples = [DataSample().set_gt_label(i) for i in range(4)]
+        return [dict(inputs=images, data_samples=samples)] * 2
+    first, empty = batch_of(cfg), batch_of(cfg)
+    for sample in empty['data_samples']:
+        if cfg.default_scope == 'mmdet':
+            sample.gt_instances = sample.gt_instances[:0]
+        else:
+            sample.gt_sem_seg.data = torch.full_like(sample.gt_sem_seg.data, 255)
+    return [first, empty, copy.deepcopy(first)]
+
+
+def train_distributed(cfg):
+    """Train a shallow copy of a config's model on a few batches; how many parameters it has."""
+    cfg = shallow(cfg)
+    model = build(cfg).train()
+    options = copy.deepcopy(cfg.optim_wrapper)
+    if options.type == 'AmpOptimWrapper':
+        options.type = 'CPUAmpOptimWrapper'
+    wrapper = build_optim_wrapper(model, options)
+    # The arguments with which mmengine's runner wraps a model.
+    wrapped = MMDistributedDataParallel(
+        model,
+        device_ids=None,
+        broadcast_buffers=False,
+        find_unused_parameters=cfg.get('find_unused_parameters', False),
+    )
+    for data in batches_of(cfg):
+        log = wrapped.train_step(data, wrapper)
+        assert all(value.isfinite() for value in log.values()), log
+    return sum(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize('name', DEMO)
+def test_demo_configs_use_every_parameter(name, group):
+    assert train_distributed(load(name)) > 100
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('name', [*CONFIGS, *CLASSIFICATION, *DEMO])
+def test_configs_use_every_parameter(name, group):
+    cfg = load(name)
+    # What hides an unused parameter at the price of a search in each iteration.
+    assert not cfg.get('find_unused_parameters')
+    print(f'{name}: {train_distributed(cfg)} parameters, none unused')
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('frozen_stages', range(5))
+@pytest.mark.parametrize(
+    'name',
+    [
+        'detection/mask-rcnn_scalablevit-s_fpn_1x_coco.py',
+        'segmentation/scalablevit-s_upernet_8xb2-160k_ade20k-512x512.py',
+        'classification/scalablevit-s_8xb128_in1k.py',
+    ],
+)
+def test_frozen_configs_use_every_parameter(name, frozen_stages, group):
+    cfg = load(name)
+    cfg.model.backbone.frozen_stages = frozen_stages
+    print(f'{name}, frozen_stages={frozen_stages}: {train_distributed(cfg)} parameters learn')
+
+
+def losses_by_iteration(work_dir):
+    """Images of each iteration, and its losses averaged over the ranks."""
+    steps = {}
+    for path in sorted(Path(work_dir).glob('rank*.jsonl')):
+        for line in map(json.loads, path.read_text().splitlines()):
+            steps.setdefault(line['iter'], []).append(line)
+    return [
+        (
+            sorted(itertools.chain(*(line['images'] for line in lines))),
+            {key: np.mean([line['losses'][key] for line in lines]) for key in lines[0]['losses']},
+        )
+        for _, lines in sorted(steps.items())
+    ]
+
+
+def differences(one, two):
+    """Greatest relative differences of two trainings, in a loss and in a parameter's norm."""
+    pairs = list(zip(losses_by_iteration(one), losses_by_iteration(two), strict=True))
+    loss = 0.0
+    for (images, alone), (shared, together) in pairs:
+        assert images == shared
+        assert alone.keys() == together.keys()
+        # An accuracy is a count, and a nearly even choice may fall otherwise.
+        keys = [key for key in alone if 'loss' in key]
+        loss = max(loss, *(abs(together[key] / alone[key] - 1) for key in keys))
+    states = [
+        torch.load(next(work_dir.glob('iter_*.pth')), weights_only=False)['state_dict']
+        for work_dir in (one, two)
+    ]
+    weight = max(
+        ((states[1][key] - value).norm() / value.norm().clamp(min=1e-3)).item()
+        for key, value in states[0].items()
+    )
+    return len(pairs), loss, weight
+
+
+def train_by_one_and_two(config, room, environment):
+    """Train with one process, and with two that have half of the batch each."""
+    name = Path(config).stem
+    one, two = f'{name} by one', f'{name} by two'
+    run([sys.executable, TOOLS / 'train.py', config, '--work-dir', one], room, environment)
+    options = ['--work-dir', two, '--cfg-options', 'train_dataloader.batch_size=2']
+    by_two('dist_train.sh', room, environment, config, 2, *options)
+    assert len(list((room / two).glob('rank*.jsonl'))) == 2
+    return room / one, room / two
+
+
+def evaluate_by_one_and_two(config, checkpoint, out, room, environment, *options):
+    """Test with one process and with two; their metrics, and where their predictions are."""
+    name = f'{Path(config).stem} {checkpoint.parent.name}'
+    options = [*options] and ['--cfg-options', *options]
+    metrics, outs = [], []
+    for number in ('one', 'two'):
+        work_dir = f'{name} tested by {number}'
+        outs.append(room / f'{work_dir}{out}')
+        arguments = ['--work-dir', work_dir, '--out', outs[-1], *options]
+        if number == 'one':
+            command = [sys.executable, TOOLS / 'test.py', config, checkpoint, *arguments]
+            run(command, room, environment)
+        else:
+            by_two('dist_test.sh', room, environment, config, checkpoint, 2, *arguments)
+        metrics.append(json.loads(max((room / work_dir).glob('*/*.json')).read_text()))
+    return metrics, outs
+
+
+@pytest.fixture(scope='module')
+def segmentors(room, environment):
+    return train_by_one_and_two('segmentor_sgd.py', room, environment)
+
+
+def test_two_processes_train_as_one(segmentors):
+    count, loss, weight = differences(*segmentors)
+
+    print(f'segmentor, {count} iterations: losses within {loss:.1e}, weights within {weight:.1e}')
+    assert count == 10
+    assert loss < 1e-4
+    assert weight < 1e-3
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('config', ['segmentor_adamw.py', 'detector_sgd.py'])
+def test_two_processes_train_the_demo_models_as_one(config, room, environment):
+    count, loss, weight = differences(*train_by_one_and_two(config, room, environment))
+
+    print(f'{config}, {count} iterations: losses within {loss:.1e}, weights within {weight:.1e}')
+    assert count == 10
+    assert loss < 1e-4
+    if 'sgd' in config:
+        assert weight < 1e-3
+
+
+@pytest.mark.long
+def test_two_processes_count_every_image_once(room, environment):
+    # Random weights, as those of a short training find background alone.
+    (room / 'random').mkdir()
+    weights = build(Config.fromfile(room / 'segmentor_sgd.py')).state_dict()
+    torch.save(dict(state_dict=weights), room / 'random' / 'weights.pth')
+    (alone, together), folders = evaluate_by_one_and_two(
+        'segmentor_sgd.py', room / 'random' / 'weights.pth', ' maps', room, environment
+    )
+    for key in ('aAcc', 'mIoU', 'mAcc'):
+        assert alone[key] > 0
+        assert together[key] == pytest.approx(alone[key], abs=0.02)
+    maps = [
+        {path.name: cv2.imread(str(path), 0) for path in folder.iterdir()} for folder in folders
+    ]
+    assert maps[0].keys() == maps[1].keys()
+    assert len(maps[0]) == NUM_VAL
+    for name, labels in maps[0].items():
+        assert len(np.unique(labels)) > 1
+        assert (labels != maps[1][name]).mean() < 1e-3
+    print(f'{NUM_VAL} images: mIoU {alone["mIoU"]:.2f} by one, {together["mIoU"]:.2f} by two')
+
+
+@pytest.fixture(scope='module')
+def learned(room, environment):
+    options = ['--cfg-options', 'train_cfg.max_iters=150', 'train_cfg.val_interval=150']
+    options.append('default_hooks.checkpoint.interval=150')
+    command = [sys.executable, TOOLS / 'train.py', 'learned.py', '--work-dir', 'learned']
+    run([*command, *options], room, environment)
+    return room / 'learned' / 'iter_150.pth'
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('batch_size', [1, 2])
+def test_two_processes_count_every_detection_once(batch_size, learned, room, environment):
+    option = f'test_dataloader.batch_size={batch_size}'
+    out = f' {batch_size}.pkl'
+    (alone, together), files = evaluate_by_one_and_two(
+        'learned.py', learned, out, room, environment, option
+    )
+    keys = [key for key in alone if key.startswith('coco/')]
+    assert len(keys) == 12
+    assert alone['coco/bbox_mAP'] > 0.05
+    assert alone['coco/segm_mAP'] > 0.05
+    for key in keys:
+        assert together[key] == alone[key], key
+    for key in ('coco/bbox_mAP', 'coco/segm_mAP'):
+        print(f'{NUM_VAL} images in batches of {batch_size}: {key} {alone[key]} {together[key]}')
+
+    results = [mmengine.load(file) for file in files]
+    assert [len(result) for result in results] == [NUM_VAL, NUM_VAL]
+    for one, two in zip(*results, strict=True):
+        assert one['img_path'] == two['img_path']
+        first, second = one['pred_instances'], two['pred_instances']
+        assert len(first['scores']) > 0
+        for key in ('bboxes', 'scores', 'labels'):
+            torch.testing.assert_close(first[key], second[key], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.long
+def test_validation_of_two_processes_is_that_of_their_checkpoint(room, environment):
+    # With BN, of which each process has statistics of its own.
+    by_two('dist_train.sh', room, environment, SEGMENTOR, 2, '--work-dir', 'normed')
+    (tested, _), _ = evaluate_by_one_and_two(
+        SEGMENTOR, room / 'normed' / 'iter_4.pth', ' maps', room, environment
+    )
+
+    validated = scalars(room / 'normed')[1][-1]
+    print({key: (validated[key], tested[key]) for key in ('aAcc', 'mIoU', 'mAcc')})
+    for key in ('aAcc', 'mIoU', 'mAcc'):
+        assert validated[key] == tested[key]
+
+
+def test_pictures_of_one_process_only(monkeypatch):
+    tool = runpy.run_path(str(TOOLS / 'test.py'))
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    expected = pytest.raises(UserError, match='--show-dir draws the images of one process only')
+    with expected:
+        tool['set_show_dir'](Config(dict(launcher='pytorch')), 'pictures')
+
+
+class Job:
+    """A launcher's processes, of which the last has ended when nobody holds their output."""
+
+    def __init__(self, command, room, environment):
+        self.process = subprocess.Popen(
+            [str(part) for part in command],
+            cwd=room,
+            env={**environment, 'PORT': free_port()},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self.output = ''
+        self.reader = threading.Thread(target=self._read)
+        self.reader.start()
+
+    def _read(self):
+        for line in self.process.stdout:
+            self.output += line
+
+    def wait_until(self, condition, seconds):
+        """Wait in steps, whose number does not grow where this process itself is stopped."""
+        for step in range(seconds * 10):
+            if condition():
+                return step / 10
+            time.sleep(0.1)
+        # torchrun ends its workers where it is asked to.
+        self.process.terminate()
+        raise AssertionError(f'still running after {seconds} s: {self.output[-4000:]}')
+
+    def ended(self):
+        return not self.reader.is_alive() and self.process.poll() is not None
+
+
+WORKERS = [
+    f'{loader}_dataloader.{option}'
+    for loader in ('train', 'val', 'test')
+    for option in ('num_workers=1', 'persistent_workers=True')
+]
+
+
+def end_one_rank(rank, stage, room, environment, segmentor=None):
+    """Start two processes, kill one of them; the seconds that the other processes lived on."""
+    work_dir = room / f'killed {rank} in {stage}'
+    # With workers of the data loaders, which must end, too.
+    options = ['--work-dir', work_dir, '--cfg-options', *WORKERS]
+    options += ['custom_hooks.0.type=KillRank', f'custom_hooks.0.rank={rank}']
+    options.append(f'custom_hooks.0.stage={stage}')
+    if stage == 'test':
+        checkpoint = segmentor / 'iter_10.pth'
+        command = [TOOLS / 'dist_test.sh', 'segmentor_sgd.py', checkpoint, 2, *options]
+    else:
+        options.append('train_cfg.val_interval=5')
+        command = [TOOLS / 'dist_train.sh', 'segmentor_sgd.py', 2, *options]
+    job = Job(command, room, environment)
+    job.wait_until(lambda: (work_dir / 'killed').exists() or job.ended(), 600)
+    seconds = job.wait_until(job.ended, 60)
+
+    assert (work_dir / 'killed').exists(), job.output[-4000:]
+    assert job.process.returncode == 1
+    assert 'Signal 9 (SIGKILL) received' in job.output
+    return seconds
+
+
+def test_a_killed_rank_ends_the_job(room, environment):
+    end_one_rank(1, 'train', room, environment)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('stage', ['train', 'val', 'test'])
+@pytest.mark.parametrize('rank', [0, 1])
+def test_a_rank_killed_at_any_stage_ends_the_job(rank, stage, room, environment, segmentors):
+    seconds = end_one_rank(rank, stage, room, environment, segmentors[0])
+    print(f'rank {rank} killed in {stage}: all processes ended after {seconds} s')
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_launcher_stops_its_processes(number, room, environment):
+    work_dir = room / f'stopped by {number.name}'
+    options = ['--work-dir', work_dir, '--cfg-options', *WORKERS, 'train_cfg.max_iters=1000']
+    job = Job([TOOLS / 'dist_train.sh', 'segmentor_sgd.py', 2, *options], room, environment)
+    running = [work_dir / f'rank{rank}.jsonl' for rank in range(2)]
+    job.wait_until(lambda: all(path.exists() for path in running) or job.ended(), 600)
+    job.process.send_signal(number)
+    seconds = job.wait_until(job.ended, 60)
+
+    assert job.process.returncode != 0
+    print(f'launcher stopped by {number.name}: all processes ended after {seconds} s')

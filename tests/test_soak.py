@@ -1,0 +1,175 @@
+# Copyright (c) mmscalablevit contributors. All rights reserved.
+"""Long trainings: memory stays, and no process of the data loader outlives its job."""
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+
+LIBC = ctypes.CDLL(None)
+ROOT = Path(__file__).parents[1]
+TRAIN = ROOT / 'tools' / 'train.py'
+# Another size for each image, down to the pixel, in two workers.
+CONFIG = """
+_base_ = '{base}'
+custom_imports = dict(imports=['mmscalablevit', 'test_soak'], allow_failed_imports=False)
+model = dict(data_preprocessor=dict(pad_size_divisor=1))
+resize = dict(type='RandomResize', scale=[(48, 48), (112, 112)], keep_ratio=False)
+train_dataloader = dict(
+    num_workers=2,
+    persistent_workers=True,
+    batch_sampler=None,
+    sampler=dict(_delete_=True, type='InfiniteSampler'),
+    dataset=dict(
+        pipeline=[
+            resize if step['type'] == 'Resize' else step for step in _base_.train_pipeline
+        ]
+    ),
+)
+train_cfg = dict(_delete_=True, type='IterBasedTrainLoop', max_iters={max_iters})
+param_scheduler = []
+val_cfg = val_dataloader = val_evaluator = None
+default_hooks = dict(
+    logger=dict(interval=100), checkpoint=dict(by_epoch=False, interval=10**6, save_best=None)
+)
+log_processor = dict(by_epoch=False)
+custom_hooks = [dict(type='_WatchHook', file='{file}', fail_at={fail_at})]
+"""
+
+
+@HOOKS.register_module(force=True)
+class _WatchHook(Hook):
+    """Writes resident memory and image sizes of each iteration, and fails where it is told."""
+
+    priority = 'LOWEST'
+
+    def __init__(self, file, fail_at):
+        self.file, self.fail_at = file, fail_at
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        # What was freed and is kept for later by the C library would count as growth: with images
+        # of many sizes it comes in pieces of many sizes.
+        if (runner.iter + 1) % 20 == 0 and hasattr(LIBC, 'malloc_trim'):
+            LIBC.malloc_trim(0)
+        memory = psutil.Process().memory_info().rss
+        sizes = [tuple(image.shape[-2:]) for image in data_batch['inputs']]
+        with open(self.file, 'a') as file:
+            print(json.dumps([memory, sizes]), file=file)
+        if runner.iter + 1 == self.fail_at:
+            raise ZeroDivisionError('the training failed')
+
+
+@pytest.fixture(scope='module')
+def room(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('room')
+    command = [sys.executable, ROOT / 'tools' / 'dataset_converters' / 'shapes.py', 'shapes']
+    sizes = ['--num-train', '8', '--num-val', '4', '--size', '64', '--workers', '1']
+    subprocess.run([*command, *sizes], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+    return folder
+
+
+def start(room, name, max_iters, threads=1, fail_at=0):
+    """A training, and the file that it writes a line to in each iteration."""
+    file = room / f'{name}.jsonl'
+    config = room / f'{name}.py'
+    base = ROOT / 'tests' / 'data' / 'tiny_mask-rcnn.py'
+    config.write_text(CONFIG.format(base=base, max_iters=max_iters, file=file, fail_at=fail_at))
+    with (room / f'{name}.txt').open('w') as log:
+        process = subprocess.Popen(
+            [sys.executable, TRAIN, config, '--work-dir', room / name],
+            cwd=room,
+            env={
+                **os.environ,
+                'PYTHONPATH': os.pathsep.join([str(ROOT), str(ROOT / 'tests')]),
+                'SHAPES_ROOT': str(room / 'shapes'),
+                'CUDA_VISIBLE_DEVICES': '',
+                'OMP_NUM_THREADS': str(threads),
+            },
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    return process, file
+
+
+def soak(room, iterations, threads):
+    """Resident memory after each 20th iteration, in MiB, and the number of image sizes."""
+    process, file = start(room, f'soak_{iterations}_{threads}', iterations, threads)
+    try:
+        assert process.wait(timeout=3600) == 0, file.with_suffix('.txt').read_text()[-4000:]
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len(lines) == iterations
+    sizes = {tuple(size) for _, images in lines for size in images}
+    return np.array([memory for memory, _ in lines[19::20]]) / 2**20, len(sizes)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('threads', [1, 2])
+def test_memory_does_not_grow(threads, room):
+    memory, sizes = soak(room, 1000, threads)
+
+    # oneDNN keeps the kernels of the latest 1024 shapes: until it has them, memory grows.
+    before, after = np.median(memory[15:20]), np.median(memory[-5:])
+    growth = after / before - 1
+    print(
+        f'1000 iterations, {sizes} image sizes, {threads} threads: resident memory '
+        f'{before:.1f} MiB in iterations 301 to 400, {after:.1f} MiB in the last 100: '
+        f'{growth:+.2%}'
+    )
+    assert sizes > 1000
+    assert growth < 0.02
+
+
+def test_memory_settles(room):
+    memory, sizes = soak(room, 60, threads=1)
+
+    assert sizes > 60
+    assert memory[-1] / memory[0] < 1.1
+
+
+@pytest.mark.parametrize(
+    ('how', 'code'),
+    [
+        pytest.param('ends', 0, marks=pytest.mark.long),
+        pytest.param('fails', 1, marks=pytest.mark.long),
+        pytest.param(signal.SIGINT, -signal.SIGINT, marks=pytest.mark.long),
+        pytest.param(signal.SIGTERM, -signal.SIGTERM, marks=pytest.mark.long),
+        (signal.SIGKILL, -signal.SIGKILL),
+    ],
+    ids=str,
+)
+def test_no_worker_outlives_its_job(how, code, room):
+    max_iters = 3 if how in ('ends', 'fails') else 10**6
+    fail_at = 3 if how == 'fails' else 0
+    process, file = start(room, f'workers_{how}', max_iters, fail_at=fail_at)
+    job, seen = psutil.Process(process.pid), {}
+    try:
+        deadline = time.monotonic() + 600
+        while process.poll() is None and time.monotonic() < deadline:
+            seen.update({child.pid: child for child in job.children(recursive=True)})
+            if isinstance(how, int) and file.exists() and file.read_text().count('\n') >= 3:
+                # The process alone, and not its workers, which hold loaded images by now.
+                process.send_signal(how)
+                break
+            time.sleep(0.01)
+        assert process.wait(timeout=600) == code, file.with_suffix('.txt').read_text()[-4000:]
+        assert len(seen) >= 2
+        _, left = psutil.wait_procs(seen.values(), timeout=300)
+        assert not left
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
