@@ -1,0 +1,296 @@
+# Copyright (c) mmscalablevit contributors. All rights reserved.
+"""Logits that half precision cannot hold, mixed-precision trainings, and bit-equal trainings."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from golden import load_reference, reference_input, relative_error
+from plain import plain_forward
+
+from mmscalablevit import ScalableViT
+from mmscalablevit.models.attention import (
+    InteractiveWindowSelfAttention,
+    ScalableSelfAttention,
+    fused_attention,
+)
+
+ROOT = Path(__file__).parents[1]
+DEMOS = {
+    'detector': 'mask-rcnn_scalablevit-demo_fpn_shapes.py',
+    'segmentor': 'scalablevit-demo_upernet_shapes-128x128.py',
+}
+ARCH = dict(
+    embed_dims=(16, 32, 32, 64),
+    num_heads=(2, 2, 4, 4),
+    depths=(2, 2, 2, 2),
+    # Values narrower than keys, as wide, wider, and no reduction.
+    c_ratios=(1.25, 1, 0.75, 1),
+    sr_ratios=(8, 4, 2, 1),
+    window_sizes=(7, 5, 7, 3),
+    mlp_ratios=(4, 2, 4, 4),
+    ssa_kv='separate',
+)
+# About ten roundings.
+TOLERANCES = {torch.float16: 0.01, torch.bfloat16: 0.05}
+# A query and a key that hold this twice have a product of more than 65504, float16's largest.
+LARGE = 256
+
+
+def naive_attention(query, key, value, scale):
+    return torch.softmax(scale * (query @ key.transpose(-2, -1)), dim=-1) @ value
+
+
+def all_finite(tensors):
+    return all(tensor.isfinite().all() for tensor in tensors)
+
+
+def attentions(model):
+    kinds = (InteractiveWindowSelfAttention, ScalableSelfAttention)
+    return [module for module in model.modules() if isinstance(module, kinds)]
+
+
+@pytest.mark.parametrize('dtype', TOLERANCES, ids=str)
+@pytest.mark.parametrize('widths', [(32, 32), (40, 32), (24, 32)], ids=str)
+@pytest.mark.parametrize('dropout', [0, 1e-9])
+def test_attention_whose_products_overflow_float16(dtype, widths, dropout):
+    torch.manual_seed(0)
+    key_width, value_width = widths
+    scale = key_width**-0.5
+    query, key, value = (
+        torch.randn(2, 2, rows, width)
+        for rows, width in ((300, key_width), (49, key_width), (49, value_width))
+    )
+    # The same summand for all keys, which softmax takes out again.
+    query[..., :2] = key[..., :2] = LARGE
+    parts = [part.to(dtype).requires_grad_() for part in (query, key, value)]
+    exact = [part.detach().double().requires_grad_() for part in parts]
+    assert naive_attention(*(part.half() for part in parts), scale).isnan().all()
+
+    out = fused_attention(*parts, scale, dropout)
+    wanted = naive_attention(*exact, scale)
+    weights = torch.randn_like(wanted)
+    (out * weights).sum().backward()
+    (wanted * weights).sum().backward()
+
+    assert out.dtype == dtype
+    assert relative_error(out, wanted) < TOLERANCES[dtype]
+    assert all_finite(part.grad for part in parts)
+    for part, want in zip(parts, exact, strict=True):
+        # The summand has no gradient but rounding errors.
+        used = slice(2, None) if part is parts[0] else slice(None)
+        assert relative_error(part.grad[..., used], want.grad[..., used]) < TOLERANCES[dtype]
+
+
+def query_and_key_layers(attention):
+    """The linear layers of queries and keys: layer, number of its parts, which part of it."""
+    if isinstance(attention, InteractiveWindowSelfAttention):
+        return [(attention.qkv, 3, 0), (attention.qkv, 3, 1)]
+    if hasattr(attention, 'kv'):
+        return [(attention.q, 1, 0), (attention.kv, 2, 0)]
+    return [(attention.q, 1, 0), (attention.k, 1, 0)]
+
+
+@torch.no_grad()
+def raise_logits(model):
+    """Give all products of queries and keys a common summand, which softmax takes out again.
+
+    Large values in LIM and PEG, too.
+    """
+    for module in attentions(model):
+        for layer, parts, index in query_and_key_layers(module):
+            for parameter, value in ((layer.weight, 0), (layer.bias, LARGE)):
+                part = parameter.chunk(parts)[index]
+                part.unflatten(0, (module.num_heads, -1))[:, :2] = value
+    for name, parameter in model.named_parameters():
+        if 'lim_func' in name or 'pos_block' in name:
+            parameter *= 32
+
+
+@torch.no_grad()
+def scale_attention_inputs(model):
+    for name, parameter in model.named_parameters():
+        if '.norm1.' in name:
+            parameter *= LARGE
+
+
+def network(kv, change, **kwargs):
+    arch = dict(ARCH, ssa_kv=kv)
+    model = load_reference(ScalableViT(arch, **kwargs))
+    change(model)
+    return model, arch
+
+
+def gradients(model, images, **autocast):
+    """Of a loss that is scaled meanwhile, as in trainings in float16."""
+    model.train().zero_grad()
+    with torch.autocast('cpu', **autocast):
+        outs = model(images)
+    generator = torch.Generator().manual_seed(0)
+    loss = sum((out * torch.randn(out.shape, generator=generator)).mean() for out in outs)
+    (1024 * loss).backward()
+    return torch.cat([parameter.grad.flatten() / 1024 for parameter in model.parameters()])
+
+
+@pytest.mark.parametrize('dtype', TOLERANCES, ids=str)
+@pytest.mark.parametrize('kv', ['separate', 'merged'])
+def test_network_with_large_logits_is_close_to_float32(dtype, kv):
+    model, arch = network(kv, raise_logits)
+    images = 1000 * reference_input(0, (2, 3, 97, 131))
+    with torch.no_grad():
+        exact = model(images)
+        with torch.autocast('cpu', dtype):
+            outs = model(images)
+            naive = plain_forward(model.state_dict(), arch, images)
+    exact_gradient = gradients(model, images, enabled=False)
+    gradient = gradients(model, images, dtype=dtype)
+
+    # bfloat16 holds such products, though not in the same fineness.
+    assert all_finite(naive) == (dtype == torch.bfloat16)
+    errors = [relative_error(out, want) for out, want in zip(outs, exact, strict=True)]
+    error = ((gradient - exact_gradient).norm() / exact_gradient.norm()).item()
+    print(f'{dtype}, {kv}: outputs differ by {max(errors):.2%}, gradients by {error:.2%}')
+    assert max(errors) < TOLERANCES[dtype]
+    assert error < TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize('dtype', TOLERANCES, ids=str)
+@pytest.mark.parametrize('kv', ['separate', 'merged'])
+@pytest.mark.parametrize('attn_drop_rate', [0, 0.1])
+def test_network_with_scaled_weights_is_finite(dtype, kv, attn_drop_rate):
+    # Which key wins is now a matter of rounding, so that there is nothing to be close to.
+    model, arch = network(kv, scale_attention_inputs, attn_drop_rate=attn_drop_rate)
+    images = 1000 * reference_input(0, (2, 3, 97, 131))
+    with torch.no_grad(), torch.autocast('cpu', torch.float16):
+        assert not all_finite(plain_forward(model.state_dict(), arch, images))
+    with torch.no_grad(), torch.autocast('cpu', dtype):
+        assert all_finite(model(images))
+    assert all_finite([gradients(model, images, dtype=dtype)])
+
+
+@pytest.fixture(scope='module')
+def few_shapes(tmp_path_factory):
+    return draw_shapes(tmp_path_factory.mktemp('few'), 24, 4)
+
+
+@pytest.fixture(scope='module')
+def shapes(tmp_path_factory):
+    return draw_shapes(tmp_path_factory.mktemp('many'), 2000, 100)
+
+
+def draw_shapes(room, num_train, num_val):
+    """Put the demo's data into a folder, where its configs look for them."""
+    tool = ROOT / 'tools' / 'dataset_converters' / 'shapes.py'
+    sizes = ['--num-train', str(num_train), '--num-val', str(num_val)]
+    run([sys.executable, tool, 'data/shapes', *sizes, '--workers', '1'], room)
+    return room
+
+
+def run(command, room, threads=1):
+    process = subprocess.run(
+        [str(part) for part in command],
+        cwd=room,
+        env={
+            **os.environ,
+            'PYTHONPATH': str(ROOT),
+            'CUDA_VISIBLE_DEVICES': '',
+            'OMP_NUM_THREADS': str(threads),
+            # Where cores are shared, threads that wait by spinning take them from each other.
+            'OMP_WAIT_POLICY': 'passive',
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=7200,
+    )
+    assert process.returncode == 0, process.stdout[-4000:]
+
+
+def train(room, name, demo, iterations, *options, amp=False, threads=1):
+    """Train a demo model: the losses of every iteration, the metrics, the last checkpoint."""
+    settings = {
+        'train_cfg.max_iters': iterations,
+        'train_cfg.val_interval': iterations,
+        'default_hooks.checkpoint.interval': iterations,
+        'default_hooks.logger.interval': 1,
+        'log_processor.window_size': 1,
+    }
+    tool, config = ROOT / 'tools' / 'train.py', ROOT / 'configs' / 'demo' / DEMOS[demo]
+    options = [*options, *(f'{key}={value}' for key, value in settings.items())]
+    command = [sys.executable, tool, config, '--work-dir', name, *['--amp'] * amp]
+    run([*command, '--cfg-options', *options], room, threads)
+
+    log = next((room / name).glob('*/vis_data/scalars.json'))
+    *steps, metrics = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [step['step'] for step in steps] == list(range(1, iterations + 1))
+    losses = [[v for k, v in step.items() if 'loss' in k or k == 'grad_norm'] for step in steps]
+    state = torch.load(room / name / f'iter_{iterations}.pth', weights_only=False)
+    return losses, metrics, state
+
+
+@pytest.mark.parametrize(
+    ('demo', 'amp'),
+    [
+        ('segmentor', False),
+        pytest.param('segmentor', True, marks=pytest.mark.long),
+        pytest.param('detector', False, marks=pytest.mark.long),
+        pytest.param('detector', True, marks=pytest.mark.long),
+    ],
+)
+def test_deterministic_trainings_are_bit_equal(few_shapes, demo, amp):
+    first, second = (
+        train(
+            few_shapes,
+            f'{demo}_{amp}_{i}',
+            demo,
+            3,
+            'randomness.deterministic=True',
+            amp=amp,
+            threads=2,
+        )
+        for i in range(2)
+    )
+    (losses, _, checkpoint), (losses_again, _, checkpoint_again) = first, second
+    assert math.isfinite(sum(map(sum, losses)))
+    assert losses == losses_again
+    print(f'{demo}, amp={amp}: {len(checkpoint["state_dict"])} tensors of weights bit-equal')
+    for again, once in (
+        (checkpoint_again['state_dict'], checkpoint['state_dict']),
+        (checkpoint_again['optimizer']['state'], checkpoint['optimizer']['state']),
+    ):
+        torch.testing.assert_close(again, once, rtol=0, atol=0)
+
+
+# Roundings lead to other weights, as a seed does: the least that is taken for such noise.
+NOISE = {
+    'detector': {'coco/bbox_mAP': 0.04, 'coco/segm_mAP': 0.04},
+    'segmentor': {'mIoU': 4},
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('demo', DEMOS)
+def test_mixed_precision_reaches_the_same(shapes, demo):
+    def metrics_of(name, **kwargs):
+        seed = f'randomness.seed={int(name == "other seed")}'
+        losses, metrics, _ = train(
+            shapes, f'{demo} {name}', demo, 500, 'param_scheduler.1.end=500', seed, **kwargs
+        )
+        assert math.isfinite(sum(map(sum, losses)))
+        return metrics
+
+    full, other = metrics_of('float32'), metrics_of('other seed')
+    mixed = metrics_of('mixed', amp=True)
+    for metric, noise in NOISE[demo].items():
+        values = [run[metric] for run in (full, mixed, other)]
+        print(
+            '{}: {:.4g} in float32, {:.4g} with --amp, {:.4g} with another seed'.format(
+                metric, *values
+            )
+        )
+        assert abs(values[1] - values[0]) < max(noise, abs(values[2] - values[0]))
