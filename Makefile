@@ -1,13 +1,15 @@
-# make env | demo | test | test-long | lint | docs. An active virtual or conda environment is used, else .venv
-# is made.
+# make env | demo | test | test-openmmlab | test-long | lint | docs. An active virtual or conda
+# environment is used, else .venv is made.
 CONDA_ENV := $(if $(filter-out base,$(CONDA_DEFAULT_ENV)),$(CONDA_PREFIX))
 ENV ?= $(or $(VIRTUAL_ENV),$(CONDA_ENV),.venv)
 PYTHON := $(ENV)/bin/python
 TORCH ?= torch==2.13.0 torchvision==0.28.0
 STAMP := $(ENV)/.mmscalablevit-installed
 DEMO_DIR ?= work_dirs/demo
+OPENMMLAB_ENV ?= .venv-openmmlab
+OPENMMLAB_STAMP := $(OPENMMLAB_ENV)/.mmscalablevit-installed
 
-.PHONY: env demo test test-long lint docs
+.PHONY: env demo test test-openmmlab test-long lint docs
 
 env:
 	@tools/misc/setup_env.sh "$(ENV)" $(TORCH)
@@ -23,6 +25,18 @@ demo: $(STAMP)
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile \
 		$(PYTEST_ARGS)
+
+# With the original OpenMMLab packages, in an environment of their own: what needs no compiled
+# operator of mmcv. What does is skipped with that reason.
+OPENMMLAB_TESTS := $(addprefix tests/, test_backbone.py test_checkpoint.py test_classification.py \
+	test_compat.py test_configs.py test_layer_decay.py test_performance.py)
+test-openmmlab: $(OPENMMLAB_STAMP)
+	OMP_NUM_THREADS=1 $(OPENMMLAB_ENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 \
+		--dist loadfile $(OPENMMLAB_TESTS) $(PYTEST_ARGS)
+
+$(OPENMMLAB_STAMP): setup.py tools/misc/setup_openmmlab.sh
+	@tools/misc/setup_openmmlab.sh "$(OPENMMLAB_ENV)" $(TORCH)
+	@touch "$@"
 
 # What takes minutes each and prints the figures of docs/reliability.md.
 test-long: $(STAMP)

@@ -3,11 +3,18 @@
 
 import importlib
 import importlib.machinery
+import importlib.metadata
 import importlib.util
 import re
 import sys
+import warnings
 
 _MINIMUM = {'mmengine': (0, 8, 3), 'mmcv': (2, 0, 0)}
+# What ships each import name: the maintained family, then the original one.
+_DISTRIBUTIONS = {
+    'mmengine': ('onedl-mmengine', 'mmengine', 'mmengine-lite'),
+    'mmcv': ('onedl-mmcv', 'mmcv', 'mmcv-lite'),
+}
 _INSTALL = (
     'Install the maintained distributions with `pip install onedl-mmengine onedl-mmcv` '
     'or the original ones with `pip install mmengine "mmcv>=2.0.0"`; '
@@ -20,6 +27,7 @@ def check_dependencies() -> None:
 
     The two import names are shipped by two families of distributions, so they cannot stand in
     the package's requirements: pip would lay one family over the other.
+    Where that happened all the same, a warning says so.
 
     Raises:
         ImportError: If one is missing or too old; the message says what to install.
@@ -39,6 +47,22 @@ def check_dependencies() -> None:
             ) from error
         if _release(found) < minimum:
             raise ImportError(f'mmscalablevit needs {name}>={wanted}, found {found}. {_INSTALL}')
+        _warn_of_mixture(name)
+
+
+def _warn_of_mixture(name: str) -> None:
+    found = []
+    for distribution in _DISTRIBUTIONS[name]:
+        try:
+            found.append(f'{distribution} {importlib.metadata.version(distribution)}')
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    if len(found) > 1:
+        warnings.warn(
+            f'{" and ".join(found)} lie over each other in this environment: both ship {name}. '
+            'Uninstall all of them and install one again.',
+            stacklevel=3,
+        )
 
 
 def _release(version: str) -> tuple[int, ...]:

@@ -1,6 +1,7 @@
 # Copyright (c) mmscalablevit contributors. All rights reserved.
 """Importing the package: what it needs, what it leaves alone, what it says if something is off."""
 
+import importlib.metadata
 import subprocess
 import sys
 
@@ -52,6 +53,22 @@ def test_old_dependency_is_named_with_both_versions(monkeypatch, module, version
         return
     with pytest.raises(ImportError, match=f'{module.__name__}>={wanted}, found {version}'):
         compat.check_dependencies()
+
+
+def test_two_families_in_one_environment_are_named(monkeypatch, recwarn):
+    versions = {'onedl-mmcv': '2.3.6', 'mmcv': '2.1.0'}
+
+    def version(name):
+        if name not in versions:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(importlib.metadata, 'version', version)
+    with pytest.warns(UserWarning, match=r'^onedl-mmcv 2\.3\.6 and mmcv 2\.1\.0 lie over each'):
+        compat.check_dependencies()
+    del versions['mmcv']
+    compat.check_dependencies()
+    assert not recwarn.list
 
 
 FAKE_TORCHVISION = """

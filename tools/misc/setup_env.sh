@@ -53,7 +53,8 @@ if [ -n "${missing_vision:-}" ]; then
     pip_install --constraint "$constraints" torchvision
 fi
 
-pip_install ninja numpy packaging psutil setuptools wheel
+# mmcv's project file needs that setuptools; the venv of Python 3.10 and 3.11 has an older one.
+pip_install ninja numpy packaging psutil 'setuptools>=77' wheel
 # The headless build first: mmcv then does not ask for the one that needs a display library.
 has cv2 || pip_install opencv-python-headless
 pip_install --constraint "$constraints" "$MMENGINE"
