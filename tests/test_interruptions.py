@@ -430,6 +430,19 @@ def test_best_checkpoint_is_replaced_after_the_next_is_whole(tmp_path):
     assert runner.message_hub.get_info('best_ckpt') == str(tmp_path / names[0])
 
 
+def test_best_checkpoint_of_another_folder_is_not_removed(tmp_path):
+    other = tmp_path / 'other' / 'best_score_iter_2.pth'
+    other.parent.mkdir()
+    other.touch()
+    runner = toy_runner(tmp_path / 'here', **SAVE_BEST)
+    runner.register_hook(_ScoreHook())
+    runner.message_hub.update_info('best_ckpt', str(other))
+    runner.train()
+
+    assert other.exists()
+    assert len(list((tmp_path / 'here').glob('best_*'))) == 1
+
+
 def test_best_checkpoint_stays_where_the_next_cannot_be_written(tmp_path):
     runner = toy_runner(tmp_path, **SAVE_BEST)
     runner.register_hook(_ScoreHook())

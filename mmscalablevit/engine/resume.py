@@ -162,7 +162,9 @@ class AtomicCheckpointHook(CheckpointHook):
         self._set_best(current)
         if is_main_process():
             for path in previous.values():
-                self._remove(path, set(current.values()))
+                # A resumed checkpoint names it, perhaps in the folder of another training.
+                if path and osp.dirname(path) == self.out_dir:
+                    self._remove(path, set(current.values()))
 
     def _best(self) -> dict[str, str | None]:
         if len(self.key_indicators) == 1:
