@@ -96,6 +96,7 @@ SHELL_MISTAKES = {
     ],
     'tools/dist_train.sh': [('', 2), ('nowhere.py 1', 1), (f'{DETECTOR} many', 1)],
     'tools/misc/setup_env.sh': [('', 2)],
+    'tools/misc/setup_openmmlab.sh': [('', 2)],
     'tools/slurm_test.sh': [
         ('', 2),
         ('gpu job nowhere.py x.pth', 1),

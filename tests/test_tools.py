@@ -370,7 +370,7 @@ def test_broken_config(fails, room):
 
 
 def test_train_flags_that_do_not_fit(fails):
-    assert '--resume: checkpoint no.pth does not exist' in fails(
+    assert 'checkpoint no.pth does not exist' in fails(
         'train.py', DETECTOR, '--resume', 'no.pth'
     )
     assert '--auto-scale-lr needs auto_scale_lr.base_batch_size' in fails(
