@@ -370,9 +370,7 @@ def test_broken_config(fails, room):
 
 
 def test_train_flags_that_do_not_fit(fails):
-    assert 'checkpoint no.pth does not exist' in fails(
-        'train.py', DETECTOR, '--resume', 'no.pth'
-    )
+    assert 'checkpoint no.pth does not exist' in fails('train.py', DETECTOR, '--resume', 'no.pth')
     assert '--auto-scale-lr needs auto_scale_lr.base_batch_size' in fails(
         'train.py', DETECTOR, '--auto-scale-lr', '--cfg-options', 'auto_scale_lr=None'
     )
