@@ -250,7 +250,7 @@ def download(url: str) -> str:
 
     Example:
         >>> download('https://example.com/scalablevit-s.pth')  # doctest: +SKIP
-        '/root/.cache/torch/hub/checkpoints/scalablevit-s.pth'
+        '~/.cache/torch/hub/checkpoints/scalablevit-s.pth'
     """
     name = osp.basename(urlparse(url).path)
     path = osp.join(torch.hub.get_dir(), 'checkpoints', name)
@@ -418,10 +418,6 @@ def _reason(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _mmengine_globals() -> Iterator[None]:
-    # Before PyTorch 2.4 the list cannot be extended: plain weights load, training states do not.
-    if not hasattr(torch.serialization, 'add_safe_globals'):
-        yield
-        return
     before = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
     torch.serialization.add_safe_globals(_allowed())

@@ -399,7 +399,7 @@ def use_checkpoint_seed(cfg: Config, checkpoint: str) -> None:
         checkpoint (str): The checkpoint to resume from.
 
     Raises:
-        CheckpointError: If the checkpoint cannot be read.
+        CheckpointError: If the config has no seed and the checkpoint cannot be read.
 
     Example:
         >>> import torch
@@ -409,9 +409,12 @@ def use_checkpoint_seed(cfg: Config, checkpoint: str) -> None:
         >>> cfg.randomness
         {'seed': 7}
     """
-    seed = (read_checkpoint(checkpoint, map_location='cpu').get('meta') or {}).get('seed')
     randomness = cfg.get('randomness') or {}
-    if seed is not None and randomness.get('seed') is None:
+    # The checkpoint is large, and the runner reads it once more.
+    if randomness.get('seed') is not None:
+        return
+    seed = (read_checkpoint(checkpoint, map_location='cpu').get('meta') or {}).get('seed')
+    if seed is not None:
         cfg.randomness = dict(randomness, seed=seed)
 
 
