@@ -40,7 +40,7 @@ $(OPENMMLAB_STAMP): setup.py tools/misc/setup_openmmlab.sh
 
 # What takes minutes each and prints the figures of docs/reliability.md.
 test-long: $(STAMP)
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m long -rP --numprocesses auto --maxprocesses 4 \
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m long -rP --timeout 7200 --numprocesses auto --maxprocesses 4 \
 		$(PYTEST_ARGS)
 
 lint: $(STAMP)

@@ -27,7 +27,15 @@ OPENMMLAB = [
 ]
 # A program of torch.export becomes ONNX by onnxscript; onnxruntime checks it.
 ONNX = ['onnx>=1.17', 'onnxscript>=0.5', 'onnxruntime>=1.20']
-TEST = ['pytest>=8', 'pytest-xdist>=3', 'hypothesis>=6', 'psutil', 'safetensors', 'ruff==0.17.*']
+TEST = [
+    'pytest>=8',
+    'pytest-timeout>=2',
+    'pytest-xdist>=3',
+    'hypothesis>=6',
+    'psutil',
+    'safetensors',
+    'ruff==0.17.*',
+]
 TENSORBOARD = ['tensorboard']
 NOTEBOOK = ['nbclient', 'nbformat', 'ipykernel', 'matplotlib']
 DOCS = ['mkdocs>=1.6,<2', 'mkdocs-material>=9.5', 'mkdocstrings[python]>=1']

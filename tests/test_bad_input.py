@@ -7,6 +7,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import MODELS, DefaultScope, init_default_scope
 from PIL import Image
 
 from mmscalablevit import ScalableViT
@@ -589,6 +590,8 @@ def said(monkeypatch):
 
     # For speed: every run logs its compilers and its formatted config.
     monkeypatch.setattr('mmengine.runner.runner.collect_env', dict)
+    # Runs of the same second have the same name, by which mmengine keeps their scopes.
+    monkeypatch.setattr(DefaultScope, '_instance_dict', OrderedDict())
     monkeypatch.setattr(Config, 'pretty_text', '')
 
     def call(tool, *arguments):

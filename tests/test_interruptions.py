@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -295,11 +296,24 @@ def test_seed_of_the_checkpoint(tmp_path):
     assert own.randomness == dict(seed=1)
 
 
-def forked(function, *args):
-    """Run a function in a child process, and return the child."""
-    child = multiprocessing.get_context('fork').Process(target=function, args=args, daemon=True)
-    child.start()
-    return child
+@pytest.fixture(scope='module')
+def run_in_child():
+    """Call a function in a child process, and return the child.
+
+    The children are forks of a process that has imported everything and started no thread.
+    """
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload([__name__])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('PYTHONPATH', os.pathsep.join(sys.path))
+        forkserver.ensure_running()
+
+    def call(function, *args):
+        child = context.Process(target=function, args=args, daemon=True)
+        child.start()
+        return child
+
+    return call
 
 
 def train_toy(work_dir, options):
@@ -341,11 +355,11 @@ KEEP_ONE = {
 }
 
 
-def test_killed_between_any_two_steps_of_saving(tmp_path):
+def test_killed_between_any_two_steps_of_saving(tmp_path, run_in_child):
     killed, reached = 0, [0]
     while True:
         work_dir = tmp_path / str(killed)
-        job = forked(train_until_operation, killed + 1, work_dir, KEEP_ONE)
+        job = run_in_child(train_until_operation, killed + 1, work_dir, KEEP_ONE)
         job.join(timeout=300)
         if job.exitcode == 0:
             break
@@ -364,7 +378,7 @@ def test_killed_between_any_two_steps_of_saving(tmp_path):
     assert left == ['iter_8.pth']
 
 
-def kills_while_writing(work_dir, kills, seed, aim=False):
+def kills_while_writing(run_in_child, work_dir, kills, seed, aim=False):
     """Kill trainings that do little but write large checkpoints; return what happened."""
     draw, in_writing, reached = random.Random(seed), 0, 0
     options = {
@@ -376,7 +390,7 @@ def kills_while_writing(work_dir, kills, seed, aim=False):
     }
     for _ in range(kills):
         before = reached
-        job = forked(train_toy, work_dir, options)
+        job = run_in_child(train_toy, work_dir, options)
         pointer = work_dir / 'last_checkpoint'
         while not pointer.exists() or int(pointer.read_text().split('_')[-1][:-4]) <= before:
             assert job.is_alive()
@@ -395,16 +409,16 @@ def kills_while_writing(work_dir, kills, seed, aim=False):
     return in_writing, reached
 
 
-def test_killed_while_a_checkpoint_is_written(tmp_path):
-    in_writing, _ = kills_while_writing(tmp_path, kills=6, seed=0, aim=True)
+def test_killed_while_a_checkpoint_is_written(tmp_path, run_in_child):
+    in_writing, _ = kills_while_writing(run_in_child, tmp_path, kills=6, seed=0, aim=True)
 
     assert in_writing > 0
 
 
 @pytest.mark.long
-def test_killed_while_a_checkpoint_is_written_many_times(tmp_path):
+def test_killed_while_a_checkpoint_is_written_many_times(tmp_path, run_in_child):
     seed = random.randrange(1000)
-    in_writing, reached = kills_while_writing(tmp_path, kills=100, seed=seed)
+    in_writing, reached = kills_while_writing(run_in_child, tmp_path, kills=100, seed=seed)
 
     assert in_writing > 10
     print(

@@ -2,7 +2,6 @@
 """The demo's data set of drawn shapes, and the report on the demo's trainings."""
 
 import importlib
-import importlib.util
 import json
 import shutil
 import subprocess
@@ -29,12 +28,9 @@ SMALL = dict(num_train=12, num_val=6, size=64)
 
 
 def load(path: Path) -> ModuleType:
-    """Import a tool by its file, under a name that its worker processes find, too."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    return module
+    """Import a tool by its file, so that its worker processes find it, too."""
+    sys.path.append(str(path.parent))
+    return importlib.import_module(path.stem)
 
 
 shapes = load(SHAPES)
@@ -208,6 +204,24 @@ def test_shapes_scale_with_the_image(size: int) -> None:
 def test_same_arguments_give_the_same_bytes(dataset: Path, tmp_path: Path, workers: int) -> None:
     shapes.write_shapes(tmp_path / 'again', **SMALL, workers=workers)
     assert read_tree(tmp_path / 'again') == read_tree(dataset)
+
+
+def test_workers_of_a_process_that_has_threads(tmp_path: Path) -> None:
+    script = tmp_path / 'script.py'
+    script.write_text(
+        f"""
+import sys
+sys.path.append({str(SHAPES.parent)!r})
+if __name__ == '__main__':
+    from pathlib import Path
+    import cv2, numpy, shapes
+    cv2.setNumThreads(2)
+    cv2.resize(numpy.zeros((2000, 2000, 3), numpy.uint8), (3000, 3000))
+    shapes.write_shapes(Path({str(tmp_path / 'set')!r}), **{SMALL}, workers=2)
+"""
+    )
+    assert run(script).returncode == 0
+    assert len(list((tmp_path / 'set').glob('images/*/*.jpg'))) == 18
 
 
 def test_other_seed_and_other_split_give_other_images(dataset: Path, tmp_path: Path) -> None:

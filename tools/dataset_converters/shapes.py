@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import cv2
@@ -265,7 +266,9 @@ def _mapper(workers: int) -> Iterator:
     if workers == 1:
         yield map
         return
-    with ProcessPoolExecutor(workers, initializer=_init_worker) as pool:
+    # A fork of a process in which OpenCV has threads would wait for them forever.
+    context = get_context('spawn')
+    with ProcessPoolExecutor(workers, context, initializer=_init_worker) as pool:
         try:
             yield partial(pool.map, chunksize=16)
         except BaseException:
