@@ -26,7 +26,8 @@ from rich.progress import track
 
 # Imported before any toolbox: it registers the backbone.
 from mmscalablevit.engine import CheckpointError, cli
-from mmscalablevit.engine.cli import UserError
+from mmscalablevit.engine.errors import UserError, config_errors
+from mmscalablevit.engine.loading import load_weights
 
 matplotlib.use('Agg')
 
@@ -264,11 +265,11 @@ def build_predictor(
     init_default_scope(scope)
     # Weights and names come below: the toolboxes take a checkpoint that fits in part, and COCO's
     # or Cityscapes' names where it has none.
-    with warnings.catch_warnings(), cli.config_errors(cfg):
+    with warnings.catch_warnings(), config_errors(cfg):
         warnings.simplefilter('ignore')
         predictor = PREDICTORS[scope](cfg, device, **options)
     model = predictor.inferencer.model
-    meta = cli.load_weights(model, checkpoint, cfg.filename).get('meta') or {}
+    meta = load_weights(model, checkpoint, cfg.filename).get('meta') or {}
     predictor.visualizer.dataset_meta = read_classes(
         meta, cfg, checkpoint, predictor.num_classes(model)
     )
@@ -297,7 +298,7 @@ def read_classes(meta: dict, cfg: Config, checkpoint: str, num_classes: int | No
         raise CheckpointError(f'{source} holds a meta that is no dict of names') from error
     if not found.get('classes'):
         source = f'the test data set of {cfg.filename}'
-        with cli.config_errors(cfg):
+        with config_errors(cfg):
             found = DATASETS.build(dict(cfg.test_dataloader.dataset, lazy_init=True)).metainfo
         print(f'no class names in checkpoint {checkpoint}: taking those of {source}')
     names = found.get('classes')

@@ -20,7 +20,7 @@ from mmengine.registry import MODELS, DefaultScope, init_default_scope
 from PIL import Image
 
 from mmscalablevit import ScalableViT
-from mmscalablevit.engine import checks, cli
+from mmscalablevit.engine import checks, loading
 from mmscalablevit.engine.checkpoint import CheckpointError
 from mmscalablevit.engine.checks import data_set_faults
 from mmscalablevit.engine.data import DataError, check_pipelines
@@ -729,9 +729,9 @@ def test_names_of_classes_in_a_checkpoint(trained, warning, monkeypatch):
         cfg=Config(dict(load_from='x.pth')), test_dataloader=SimpleNamespace(dataset=dataset)
     )
     said = []
-    monkeypatch.setattr(cli, 'print_log', lambda text, **_: said.append(text))
+    monkeypatch.setattr(loading, 'print_log', lambda text, **_: said.append(text))
     meta = dict(meta=dict(dataset_meta=dict(classes=trained)))
-    cli._SameClassesHook().after_load_checkpoint(runner, meta)
+    loading._SameClassesHook().after_load_checkpoint(runner, meta)
 
     assert len(said) == bool(warning)
     assert warning in ''.join(said)
@@ -743,7 +743,7 @@ def test_order_of_classes_in_a_checkpoint_is_checked_despite_spelling():
         cfg=Config(dict(load_from='x.pth')), test_dataloader=SimpleNamespace(dataset=dataset)
     )
     with pytest.raises(CheckpointError, match='in another order'):
-        cli._SameClassesHook().after_load_checkpoint(
+        loading._SameClassesHook().after_load_checkpoint(
             runner, dict(meta=dict(dataset_meta=dict(classes=('Dog', 'Cat'))))
         )
 

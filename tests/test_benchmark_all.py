@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from mmengine.config import Config
 
-from mmscalablevit.engine.cli import UserError
+from mmscalablevit.engine.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 TOOL = ROOT / 'tools' / 'benchmark_all.py'

@@ -17,7 +17,7 @@ import pytest
 from mmengine.config import Config
 
 from mmscalablevit.engine import benchmark
-from mmscalablevit.engine.cli import UserError
+from mmscalablevit.engine.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 TOOL = ROOT / 'tools' / 'analysis_tools' / 'benchmark_results.py'

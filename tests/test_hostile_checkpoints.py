@@ -31,8 +31,9 @@ from mmengine.runner import CheckpointLoader
 from safetensors.torch import save_file
 
 from mmscalablevit import ScalableViT
-from mmscalablevit.engine import CheckpointError, cli, read_checkpoint, use_safe_loader
+from mmscalablevit.engine import CheckpointError, read_checkpoint, use_safe_loader
 from mmscalablevit.engine.checkpoint import load_from_local, one_line
+from mmscalablevit.engine.loading import load_weights
 from mmscalablevit.models.checkpoint import load_backbone_checkpoint, read_weights
 
 ROOT = Path(__file__).parents[1]
@@ -379,7 +380,7 @@ def test_views_of_one_number_take_no_room(refuse, tmp_path):
     torch.save(dict(state_dict=dict(weight=huge)), tmp_path / 'huge.pth')
     model = torch.nn.Linear(2, 1)
     with pytest.raises(CheckpointError, match='NaN or infinite values in weight'):
-        cli.load_weights(model, str(tmp_path / 'huge.pth'), 'config.py')
+        load_weights(model, str(tmp_path / 'huge.pth'), 'config.py')
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < MEMORY_MIB * 1024
 
 
@@ -515,8 +516,8 @@ def test_no_address_runs_code(tmp_path, monkeypatch, safe_loader):
         'openmmlab://swin',
         's3://bucket/code.pth',
     ):
-        # From a buffer, mmengine's second try finds its end.
-        reason = 'is damaged' if address[:2] == 's3' else 'holds pickled Python code'
+        # From a buffer, mmengine's second try may find its end.
+        reason = 'holds pickled Python code' + '|is damaged' * (address[:2] == 's3')
         with pytest.raises(CheckpointError, match=reason):
             CheckpointLoader.load_checkpoint(address, 'cpu')
         assert not touched.exists(), address
@@ -813,7 +814,7 @@ def load_mutant(path, model, before):
         assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
         model.load_state_dict(before)
     with contextlib.suppress(CheckpointError):
-        cli.load_weights(model, path, 'config.py')
+        load_weights(model, path, 'config.py')
     model.load_state_dict(before)
     return outcome
 

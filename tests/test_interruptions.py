@@ -28,6 +28,7 @@ from torch.utils.data import Dataset
 
 from mmscalablevit.engine import cli, resume
 from mmscalablevit.engine.checkpoint import CheckpointError, read_checkpoint
+from mmscalablevit.engine.errors import disk_errors
 from mmscalablevit.engine.resume import (
     AtomicLocalBackend,
     find_checkpoint,
@@ -434,11 +435,20 @@ SAVE_BEST = {
 }
 
 
-def test_best_checkpoint_is_replaced_after_the_next_is_whole(tmp_path):
+def test_best_checkpoint_is_replaced_after_the_next_is_whole(tmp_path, monkeypatch):
+    remove, iterations = AtomicLocalBackend.remove, []
+
+    def remove_if_there_is_another(backend, path):
+        whole = [read_checkpoint(str(file)) for file in tmp_path.glob('best_*')]
+        iterations.append([checkpoint['meta']['iter'] for checkpoint in whole])
+        remove(backend, path)
+
+    monkeypatch.setattr(AtomicLocalBackend, 'remove', remove_if_there_is_another)
     runner = toy_runner(tmp_path, **SAVE_BEST)
     runner.register_hook(_ScoreHook())
     runner.train()
 
+    assert [sorted(there) for there in iterations] == [[4, 8], [8, 12]]
     names = sorted(path.name for path in tmp_path.glob('best_*'))
     assert names == ['best_score_iter_12.pth']
     assert runner.message_hub.get_info('best_ckpt') == str(tmp_path / names[0])
@@ -659,7 +669,7 @@ def test_work_dir_below_a_file(room):
 def test_log_lines_that_do_not_fit(capfd):
     logger = logging.Logger('full')
     logger.addHandler(logging.FileHandler('/dev/full'))
-    with cli.disk_errors('work_dirs'):
+    with disk_errors('work_dirs'):
         logger.info('a line')
 
     assert capfd.readouterr().err == ''
@@ -668,7 +678,7 @@ def test_log_lines_that_do_not_fit(capfd):
 
 def test_error_without_a_name_gets_that_of_the_folder():
     expected = pytest.raises(cli.UserError, match='cannot write to work_dirs/x: No space left')
-    with expected, cli.disk_errors('work_dirs/x'), open('/dev/full', 'w') as file:
+    with expected, disk_errors('work_dirs/x'), open('/dev/full', 'w') as file:
         file.write('text')
-    with pytest.raises(OSError, match='Input/output'), cli.disk_errors('work_dirs/x'):
+    with pytest.raises(OSError, match='Input/output'), disk_errors('work_dirs/x'):
         raise OSError(errno.EIO, os.strerror(errno.EIO))

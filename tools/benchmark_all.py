@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from mmscalablevit.engine import benchmark, cli
-from mmscalablevit.engine.cli import UserError
+from mmscalablevit.engine.errors import UserError
 
 TOOLS = Path(__file__).resolve().parent
 CONFIGS = TOOLS.parent / 'configs'

@@ -10,6 +10,7 @@ from mmengine.config import Config
 # importable.
 from mmscalablevit.engine import cli
 from mmscalablevit.engine.checkpoint import check_file
+from mmscalablevit.engine.errors import disk_errors
 from mmscalablevit.engine.resume import find_checkpoint, use_checkpoint_seed, use_resumable_hooks
 
 # Tracker: backend of mmengine, the module it needs, what installs that.
@@ -106,7 +107,7 @@ def main() -> None:
         add_tracker(cfg, args.tracker)
     use_resumable_hooks(cfg)
     cli.check_data(cfg, ('train_dataloader', 'val_dataloader'))
-    with cli.disk_errors(cfg.work_dir):
+    with disk_errors(cfg.work_dir):
         runner = cli.build_runner(cfg, ('train_loop', 'val_loop'), strict=cfg.get('resume', False))
         runner.train()
 

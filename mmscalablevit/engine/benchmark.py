@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 from mmengine.config import Config
 
-from .cli import UserError
+from .errors import UserError
 
 # Name in the metafiles: key in the logs, factor from the logged to the published scale.
 METRICS = {

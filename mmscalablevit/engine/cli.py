@@ -2,15 +2,12 @@
 """What ``tools/train.py`` and ``tools/test.py`` share: arguments, config, checks, runner."""
 
 import argparse
-import contextlib
-import errno
 import functools
 import importlib
 import inspect
 import logging
 import os
 import os.path as osp
-import re
 import sys
 import threading
 import time
@@ -23,22 +20,15 @@ from mmengine.device import get_device
 from mmengine.dist import broadcast
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
-from mmengine.model import is_model_wrapper
 from mmengine.registry import RUNNERS
 from mmengine.runner import BaseLoop, Runner
-from torch import nn
 from torch.utils.data import DataLoader
 
-from .checkpoint import (
-    CheckpointError,
-    check_values,
-    find_weights,
-    one_line,
-    read_checkpoint,
-    use_safe_loader,
-)
+from .checkpoint import CheckpointError, use_safe_loader
 from .checks import class_faults, config_faults, data_set_faults, hook_faults
 from .data import DataError, check_pipelines, data_sets
+from .errors import UserError, config_errors
+from .loading import guard_loading
 
 _DISTRIBUTIONS = {
     'mmdet': 'onedl-mmdetection',
@@ -67,21 +57,6 @@ _PATH_ERRORS = (
     NotADirectoryError,
     PermissionError,
 )
-_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
-# What building from a wrong config raises, or the first iteration of what was built.
-_BUILD_ERRORS = (
-    AssertionError,
-    AttributeError,
-    IndexError,
-    KeyError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
-
-
-class UserError(Exception):
-    """A mistake in what the user gave: reported as one sentence, without a traceback."""
 
 
 def run(main: Callable[[], None]) -> None:
@@ -291,113 +266,9 @@ def build_runner(cfg: Config, loops: tuple[str, ...], strict: bool) -> Runner:
         '_init_model_weights',
     ):
         setattr(runner, build, config_errors(cfg)(getattr(runner, build)))
-    if strict or cfg.get('load_from'):
-        _load_strictly(runner)
-    runner.register_hook(_SameClassesHook() if strict else _NewClassesHook())
+    guard_loading(runner, strict)
     runner.register_hook(_SameBuffersHook())
     return runner
-
-
-@contextlib.contextmanager
-def config_errors(cfg: Config, fails: str = 'cannot be built') -> Iterator[None]:
-    """Turn the errors of building from a wrong config into a ``UserError`` that names it.
-
-    Args:
-        cfg (Config): The config.
-        fails (str): What the config does, for the message. Defaults to 'cannot be built'.
-
-    Raises:
-        UserError: In place of what modules raise for unknown types and bad arguments.
-
-    Example:
-        >>> with config_errors(Config(filename='my_config.py')):
-        ...     raise TypeError("unexpected keyword argument 'depht'")
-        Traceback (most recent call last):
-        mmscalablevit.engine.cli.UserError: config my_config.py cannot be built: TypeError: ...
-    """
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except _BUILD_ERRORS as error:
-        print_log(traceback.format_exc(), logger='current', level=logging.DEBUG)
-        raise UserError(f'config {cfg.filename} {fails}: {_reason(error)}') from error
-
-
-def _reason(error: Exception) -> str:
-    # str() of a KeyError is its message in quotes.
-    message = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
-    # numpy says so of a list of images that is empty.
-    if 'need at least one array to concatenate' in message:
-        return 'a data set has no image left after its filter_cfg, such as min_size'
-    if not message:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        message = f'{frame.line} ({frame.filename}:{frame.lineno})'
-    return f'{type(error).__name__}: {one_line(message, 500)}'
-
-
-@contextlib.contextmanager
-def disk_errors(folder: str) -> Iterator[None]:
-    """Turn the errors of a full or read-only disk into a ``UserError`` that names the file.
-
-    Args:
-        folder (str): The folder that is written to, for errors that come without a name.
-
-    Raises:
-        UserError: In place of these errors.
-
-    Example:
-        >>> with disk_errors('work_dirs'), open('/dev/full', 'w') as file:
-        ...     file.write('text')
-        Traceback (most recent call last):
-        mmscalablevit.engine.cli.UserError: cannot write to work_dirs: No space left on device; ...
-    """
-    # Else each line that does not fit into the log file prints a traceback.
-    raise_exceptions, logging.raiseExceptions = logging.raiseExceptions, False
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _DISK_ERRORS:
-            raise
-        raise UserError(
-            f'cannot write to {error.filename or folder}: {error.strerror}; once it can be '
-            'written to, --resume continues from the last checkpoint'
-        ) from error
-    finally:
-        logging.raiseExceptions = raise_exceptions
-
-
-def load_weights(model: nn.Module, filename: str, config: str) -> dict:
-    """Load a checkpoint that must hold exactly the model's parameters.
-
-    Args:
-        model (nn.Module): The model.
-        filename (str): The checkpoint, a local file.
-        config (str): The model's config, for the message.
-
-    Returns:
-        dict: What the checkpoint holds.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        CheckpointError: If it cannot be read, does not fit, is of another precision, or holds NaN
-            or infinite values; the message names what differs.
-
-    Example:
-        >>> model = torch.nn.Linear(2, 1)
-        >>> torch.save(model.state_dict(), '/tmp/linear.pth')
-        >>> load_weights(model, '/tmp/linear.pth', 'my_config.py').keys()
-        odict_keys(['weight', 'bias'])
-    """
-    checkpoint = read_checkpoint(filename, map_location='cpu')
-    weights = find_weights(checkpoint, filename)
-    check_values(weights, filename, model.state_dict())
-    try:
-        model.load_state_dict(weights)
-    # The file holds versions of the layers, too, on which their code relies.
-    except Exception as error:
-        raise _misfit(filename, config, error) from error
-    return checkpoint
 
 
 def _known_keys() -> set[str]:
@@ -515,103 +386,6 @@ def _start_worker(init: Callable[[int], None] | None, worker_id: int) -> None:
         init(worker_id)
 
 
-def _load_strictly(runner: Runner) -> None:
-    """Make the runner refuse a checkpoint that does not fit its model; mmengine only warns."""
-    load_checkpoint, resume = runner.load_checkpoint, runner.resume
-    check = _CheckWeightsHook()
-    runner.register_hook(check, priority='HIGHEST')
-
-    def load(filename: str, *args, **kwargs) -> dict:
-        check.filename = filename
-        try:
-            return load_checkpoint(filename, *args, **{**kwargs, 'strict': True})
-        except (CheckpointError, OSError):
-            raise
-        except Exception as error:
-            raise _misfit(filename, runner.cfg.filename, error) from error
-
-    def resume_strictly(filename: str, *args, **kwargs) -> None:
-        try:
-            resume(filename, *args, **kwargs)
-        except (CheckpointError, OSError, UserError):
-            raise
-        except Exception as error:
-            raise CheckpointError(
-                f'checkpoint {filename} cannot be resumed from, as its training state is missing '
-                f'or does not fit {runner.cfg.filename} '
-                f'({one_line(f"{type(error).__name__}: {error}", 200)})'
-            ) from error
-
-    runner.load_checkpoint, runner.resume = load, resume_strictly
-
-
-def _misfit(filename: str, config: str, error: Exception) -> CheckpointError:
-    # The first line only says that model and checkpoint differ.
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    lines = lines[1:] or lines
-    found = '; '.join(one_line(line, 120) for line in lines[:3])
-    return CheckpointError(
-        f'checkpoint {filename} does not fit the model of {config}: {found} '
-        '(weights of the backbone alone belong to model.backbone.init_cfg)'
-    )
-
-
-class _CheckWeightsHook(Hook):
-    """Checks what a checkpoint holds before the runner takes any of it."""
-
-    filename = ''
-
-    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        weights = find_weights(checkpoint, self.filename)
-        # Wrappers of a model put this before its names, in the checkpoint or in the model.
-        parameters = {_unwrapped(k): v for k, v in runner.model.state_dict().items()}
-        check_values({_unwrapped(k): v for k, v in weights.items()}, self.filename, parameters)
-        if not runner.cfg.get('resume'):
-            return
-        # Of an EMAHook: the model's own weights, while state_dict holds the averaged ones.
-        states = {'ema_state_dict': checkpoint.get('ema_state_dict') or {}}
-        moments = (checkpoint.get('optimizer') or {}).get('state') or {}
-        states.update({f'optimizer.state.{index}': state for index, state in moments.items()})
-        for where, state in states.items():
-            values = {f'{where}.{k}': v for k, v in state.items()}
-            tensors = {k: v for k, v in values.items() if isinstance(v, torch.Tensor)}
-            check_values(tensors, self.filename, tensors)
-
-
-def _unwrapped(name: str) -> str:
-    return name.removeprefix('module.')
-
-
-class _SameClassesHook(Hook):
-    """Refuses a checkpoint of the data set's classes in another order; warns of other classes."""
-
-    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        name = 'train_dataloader' if runner.cfg.get('resume') else 'test_dataloader'
-        wanted = (getattr(runner, name).dataset.metainfo or {}).get('classes')
-        meta = (checkpoint.get('meta') or {}).get('dataset_meta') or {}
-        trained = meta.get('classes', meta.get('CLASSES'))
-        if not wanted or not trained or len(wanted) != len(trained):
-            return
-        there, here = list(map(_plain, trained)), list(map(_plain, wanted))
-        if there == here:
-            return
-        i = next(i for i, plain in enumerate(there) if plain != here[i])
-        names = f'class {i} is {one_line(trained[i])!r} there and {wanted[i]!r} here'
-        said = f'checkpoint {runner.cfg.load_from} was trained for'
-        if sorted(there) == sorted(here):
-            raise CheckpointError(f'{said} the classes of {name} in another order: {names}')
-        print_log(
-            f'{said} other classes than {name} has: {names}',
-            logger='current',
-            level=logging.WARNING,
-        )
-
-
-def _plain(name: str) -> str:
-    """A class's name without what its spellings differ in: case, spaces, hyphens, underscores."""
-    return re.sub(r'[\s_-]', '', str(name)).lower()
-
-
 class _SameBuffersHook(Hook):
     """Lets every rank validate the model that rank 0 saves.
 
@@ -621,27 +395,3 @@ class _SameBuffersHook(Hook):
     def before_val_epoch(self, runner: Runner) -> None:
         for buffer in runner.model.buffers():
             broadcast(buffer)
-
-
-class _NewClassesHook(Hook):
-    """Keeps the model's own weights where ``load_from`` has those of another number of classes."""
-
-    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        weights = checkpoint.get('state_dict', checkpoint)
-        # The classes are the outputs of a layer, and no layer of the backbone depends on them.
-        kept = {
-            key: value
-            for key, value in model.state_dict().items()
-            if key in weights
-            and not key.startswith('backbone.')
-            and weights[key].shape != value.shape
-            and weights[key].shape[1:] == value.shape[1:]
-        }
-        weights.update(kept)
-        if kept:
-            print_log(
-                'Layers of another number of classes start anew: ' + ', '.join(kept),
-                logger='current',
-                level=logging.WARNING,
-            )

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from mmscalablevit.engine import benchmark, cli
 from mmscalablevit.engine.benchmark import METRICS, Published, Run
-from mmscalablevit.engine.cli import UserError
+from mmscalablevit.engine.errors import UserError
 
 matplotlib.use('Agg')
 

@@ -20,7 +20,8 @@ from rich.progress import track
 # Imported before any toolbox: it registers the backbone.
 from mmscalablevit.engine import cli
 from mmscalablevit.engine.checkpoint import find_weights, read_checkpoint, use_safe_loader
-from mmscalablevit.engine.cli import UserError
+from mmscalablevit.engine.errors import UserError
+from mmscalablevit.engine.loading import load_weights
 
 matplotlib.use('Agg')
 
@@ -428,7 +429,7 @@ def show_detections(work_dir: Path, data: Path, images: list[Path], path: Path) 
     # Where the configuration names no colors, the palette is COCO's and longer.
     palette = list(model.dataset_meta['palette'])[: len(classes)]
     # The toolbox only warns of weights that do not fit.
-    cli.load_weights(model, str(checkpoint), str(config))
+    load_weights(model, str(checkpoint), str(config))
     visualizer = DetLocalVisualizer(line_width=1.5, alpha=0.6)
     visualizer.dataset_meta = dict(classes=classes, palette=palette)
 
@@ -495,7 +496,7 @@ def show_segmentation(work_dir: Path, data: Path, images: list[Path], path: Path
     model = init_model(str(config), str(checkpoint), device=get_device())
     classes, palette = model.dataset_meta['classes'], model.dataset_meta['palette']
     # The toolbox only warns of weights that do not fit.
-    cli.load_weights(model, str(checkpoint), str(config))
+    load_weights(model, str(checkpoint), str(config))
     visualizer = SegLocalVisualizer(alpha=0.7)
     visualizer.dataset_meta = dict(classes=classes, palette=palette)
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import track
 
 from mmscalablevit.engine import benchmark, cli
-from mmscalablevit.engine.cli import UserError
+from mmscalablevit.engine.errors import UserError
 
 matplotlib.use('Agg')
 

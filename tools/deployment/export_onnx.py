@@ -25,6 +25,8 @@ from torch import Tensor, nn
 
 # Imported before any toolbox: it makes a torchvision without its compiled half importable.
 from mmscalablevit.engine import cli
+from mmscalablevit.engine.errors import config_errors
+from mmscalablevit.engine.loading import load_weights
 
 # Maps of one row or column may be traced as a case of their own; from 64 pixels on there are none.
 MIN_SIZE, MAX_SIZE = 64, 8192
@@ -206,12 +208,12 @@ def build_model(cfg: Config, checkpoint: str | None) -> nn.Module:
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     if cfg.get('data_preprocessor'):
         cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
-    with cli.config_errors(cfg):
+    with config_errors(cfg):
         model = revert_sync_batchnorm(MODELS.build(cfg.model))
     if checkpoint is None:
         model.init_weights()
     else:
-        cli.load_weights(model, checkpoint, cfg.filename)
+        load_weights(model, checkpoint, cfg.filename)
     return model.eval()
 
 

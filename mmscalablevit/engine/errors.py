@@ -1,0 +1,98 @@
+# Copyright (c) mmscalablevit contributors. All rights reserved.
+"""Errors of users, as one sentence that names what to change."""
+
+import contextlib
+import errno
+import logging
+import traceback
+from collections.abc import Iterator
+
+from mmengine.config import Config
+from mmengine.logging import print_log
+
+from .checkpoint import CheckpointError, one_line
+
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+# What building from a wrong config raises, or the first iteration of what was built.
+_BUILD_ERRORS = (
+    AssertionError,
+    AttributeError,
+    IndexError,
+    KeyError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
+class UserError(Exception):
+    """A mistake in what the user gave: reported as one sentence, without a traceback."""
+
+
+@contextlib.contextmanager
+def config_errors(cfg: Config, fails: str = 'cannot be built') -> Iterator[None]:
+    """Turn the errors of building from a wrong config into a ``UserError`` that names it.
+
+    Args:
+        cfg (Config): The config.
+        fails (str): What the config does, for the message. Defaults to 'cannot be built'.
+
+    Raises:
+        UserError: In place of what modules raise for unknown types and bad arguments.
+
+    Example:
+        >>> with config_errors(Config(filename='my_config.py')):
+        ...     raise TypeError("unexpected keyword argument 'depht'")
+        Traceback (most recent call last):
+        mmscalablevit.engine.errors.UserError: config my_config.py cannot be built: TypeError: ...
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except _BUILD_ERRORS as error:
+        print_log(traceback.format_exc(), logger='current', level=logging.DEBUG)
+        raise UserError(f'config {cfg.filename} {fails}: {_reason(error)}') from error
+
+
+def _reason(error: Exception) -> str:
+    # str() of a KeyError is its message in quotes.
+    message = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    # numpy says so of a list of images that is empty.
+    if 'need at least one array to concatenate' in message:
+        return 'a data set has no image left after its filter_cfg, such as min_size'
+    if not message:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        message = f'{frame.line} ({frame.filename}:{frame.lineno})'
+    return f'{type(error).__name__}: {one_line(message, 500)}'
+
+
+@contextlib.contextmanager
+def disk_errors(folder: str) -> Iterator[None]:
+    """Turn the errors of a full or read-only disk into a ``UserError`` that names the file.
+
+    Args:
+        folder (str): The folder that is written to, for errors that come without a name.
+
+    Raises:
+        UserError: In place of these errors.
+
+    Example:
+        >>> with disk_errors('work_dirs'), open('/dev/full', 'w') as file:
+        ...     file.write('text')
+        Traceback (most recent call last):
+        mmscalablevit.engine.errors.UserError: cannot write to work_dirs: No space left ...
+    """
+    # Else each line that does not fit into the log file prints a traceback.
+    raise_exceptions, logging.raiseExceptions = logging.raiseExceptions, False
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        raise UserError(
+            f'cannot write to {error.filename or folder}: {error.strerror}; once it can be '
+            'written to, --resume continues from the last checkpoint'
+        ) from error
+    finally:
+        logging.raiseExceptions = raise_exceptions

@@ -1,0 +1,188 @@
+# Copyright (c) mmscalablevit contributors. All rights reserved.
+"""Checkpoints that a model, a data set and a training must fit."""
+
+import logging
+import re
+
+import torch
+from mmengine.hooks import Hook
+from mmengine.logging import print_log
+from mmengine.model import is_model_wrapper
+from mmengine.runner import Runner
+from torch import nn
+
+from .checkpoint import CheckpointError, check_values, find_weights, one_line, read_checkpoint
+from .errors import UserError
+
+
+def load_weights(model: nn.Module, filename: str, config: str) -> dict:
+    """Load a checkpoint that must hold exactly the model's parameters.
+
+    Args:
+        model (nn.Module): The model.
+        filename (str): The checkpoint, a local file.
+        config (str): The model's config, for the message.
+
+    Returns:
+        dict: What the checkpoint holds.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        CheckpointError: If it cannot be read, does not fit, is of another precision, or holds NaN
+            or infinite values; the message names what differs.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1)
+        >>> torch.save(model.state_dict(), '/tmp/linear.pth')
+        >>> load_weights(model, '/tmp/linear.pth', 'my_config.py').keys()
+        odict_keys(['weight', 'bias'])
+    """
+    checkpoint = read_checkpoint(filename, map_location='cpu')
+    weights = find_weights(checkpoint, filename)
+    check_values(weights, filename, model.state_dict())
+    try:
+        model.load_state_dict(weights)
+    # The file holds versions of the layers, too, on which their code relies.
+    except Exception as error:
+        raise _misfit(filename, config, error) from error
+    return checkpoint
+
+
+def guard_loading(runner: Runner, strict: bool) -> None:
+    """Make a runner refuse checkpoints that it cannot use; mmengine loads what fits, and warns.
+
+    Args:
+        runner (Runner): The runner, which then raises ``CheckpointError``.
+        strict (bool): Whether a checkpoint must hold exactly the model's parameters, and be of the
+            classes of the data in their order. Else layers of ``load_from`` that were trained for
+            another number of classes start anew.
+
+    Example:
+        >>> guard_loading(runner, strict=True)  # doctest: +SKIP
+        >>> runner.test()  # doctest: +SKIP
+        Traceback (most recent call last):
+        mmscalablevit.engine.checkpoint.CheckpointError: checkpoint other.pth does not fit ...
+    """
+    if strict or runner.cfg.get('load_from'):
+        _load_strictly(runner)
+    runner.register_hook(_SameClassesHook() if strict else _NewClassesHook())
+
+
+def _load_strictly(runner: Runner) -> None:
+    load_checkpoint, resume = runner.load_checkpoint, runner.resume
+    check = _CheckWeightsHook()
+    runner.register_hook(check, priority='HIGHEST')
+
+    def load(filename: str, *args, **kwargs) -> dict:
+        check.filename = filename
+        try:
+            return load_checkpoint(filename, *args, **{**kwargs, 'strict': True})
+        except (CheckpointError, OSError):
+            raise
+        except Exception as error:
+            raise _misfit(filename, runner.cfg.filename, error) from error
+
+    def resume_strictly(filename: str, *args, **kwargs) -> None:
+        try:
+            resume(filename, *args, **kwargs)
+        except (CheckpointError, OSError, UserError):
+            raise
+        except Exception as error:
+            raise CheckpointError(
+                f'checkpoint {filename} cannot be resumed from, as its training state is missing '
+                f'or does not fit {runner.cfg.filename} '
+                f'({one_line(f"{type(error).__name__}: {error}", 200)})'
+            ) from error
+
+    runner.load_checkpoint, runner.resume = load, resume_strictly
+
+
+def _misfit(filename: str, config: str, error: Exception) -> CheckpointError:
+    # The first line only says that model and checkpoint differ.
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    lines = lines[1:] or lines
+    found = '; '.join(one_line(line, 120) for line in lines[:3])
+    return CheckpointError(
+        f'checkpoint {filename} does not fit the model of {config}: {found} '
+        '(weights of the backbone alone belong to model.backbone.init_cfg)'
+    )
+
+
+class _CheckWeightsHook(Hook):
+    """Checks what a checkpoint holds before the runner takes any of it."""
+
+    filename = ''
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        weights = find_weights(checkpoint, self.filename)
+        # Wrappers of a model put this before its names, in the checkpoint or in the model.
+        parameters = {_unwrapped(k): v for k, v in runner.model.state_dict().items()}
+        check_values({_unwrapped(k): v for k, v in weights.items()}, self.filename, parameters)
+        if not runner.cfg.get('resume'):
+            return
+        # Of an EMAHook: the model's own weights, while state_dict holds the averaged ones.
+        states = {'ema_state_dict': checkpoint.get('ema_state_dict') or {}}
+        moments = (checkpoint.get('optimizer') or {}).get('state') or {}
+        states.update({f'optimizer.state.{index}': state for index, state in moments.items()})
+        for where, state in states.items():
+            values = {f'{where}.{k}': v for k, v in state.items()}
+            tensors = {k: v for k, v in values.items() if isinstance(v, torch.Tensor)}
+            check_values(tensors, self.filename, tensors)
+
+
+def _unwrapped(name: str) -> str:
+    return name.removeprefix('module.')
+
+
+class _SameClassesHook(Hook):
+    """Refuses a checkpoint of the data set's classes in another order; warns of other classes."""
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        name = 'train_dataloader' if runner.cfg.get('resume') else 'test_dataloader'
+        wanted = (getattr(runner, name).dataset.metainfo or {}).get('classes')
+        meta = (checkpoint.get('meta') or {}).get('dataset_meta') or {}
+        trained = meta.get('classes', meta.get('CLASSES'))
+        if not wanted or not trained or len(wanted) != len(trained):
+            return
+        there, here = list(map(_plain, trained)), list(map(_plain, wanted))
+        if there == here:
+            return
+        i = next(i for i, plain in enumerate(there) if plain != here[i])
+        names = f'class {i} is {one_line(trained[i])!r} there and {wanted[i]!r} here'
+        said = f'checkpoint {runner.cfg.load_from} was trained for'
+        if sorted(there) == sorted(here):
+            raise CheckpointError(f'{said} the classes of {name} in another order: {names}')
+        print_log(
+            f'{said} other classes than {name} has: {names}',
+            logger='current',
+            level=logging.WARNING,
+        )
+
+
+def _plain(name: str) -> str:
+    """A class's name without what its spellings differ in: case, spaces, hyphens, underscores."""
+    return re.sub(r'[\s_-]', '', str(name)).lower()
+
+
+class _NewClassesHook(Hook):
+    """Keeps the model's own weights where ``load_from`` has those of another number of classes."""
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        weights = checkpoint.get('state_dict', checkpoint)
+        # The classes are the outputs of a layer, and no layer of the backbone depends on them.
+        kept = {
+            key: value
+            for key, value in model.state_dict().items()
+            if key in weights
+            and not key.startswith('backbone.')
+            and weights[key].shape != value.shape
+            and weights[key].shape[1:] == value.shape[1:]
+        }
+        weights.update(kept)
+        if kept:
+            print_log(
+                'Layers of another number of classes start anew: ' + ', '.join(kept),
+                logger='current',
+                level=logging.WARNING,
+            )
