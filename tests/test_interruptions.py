@@ -60,7 +60,7 @@ DETECTOR = (
     + f"""
 train_cfg = dict(max_epochs={MAX_ITERS // 4}, val_interval=3)
 default_hooks = dict(checkpoint=dict(max_keep_ckpts=1))
-randomness = dict(_delete_=True)
+randomness = dict(_delete_=True, seed=None)
 """
 )
 

@@ -287,7 +287,8 @@ class ScalableViT(BaseModule):
                 out = self.norm_list[i](x)
             if self.stage_norm == 'chained':
                 x = out
-            if i in self.out_indices:
+            # Not "in", which dynamo of torch 2.4 gets wrong with dynamic=True.
+            if any(i == index for index in self.out_indices):
                 if i == NUM_STAGES - 1 and hasattr(self, 'norm'):
                     out = self.norm(out)
                 # mmcv's RoIAlign reads the memory as NCHW whatever the strides say.
