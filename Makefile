@@ -15,7 +15,7 @@ env:
 	@tools/misc/setup_env.sh "$(ENV)" $(TORCH)
 	@touch "$(STAMP)"
 
-$(STAMP): setup.py tools/misc/setup_env.sh
+$(STAMP): setup.py tools/misc/environment.sh tools/misc/setup_env.sh
 	@$(MAKE) --no-print-directory env
 
 demo: $(STAMP)
@@ -34,7 +34,7 @@ test-openmmlab: $(OPENMMLAB_STAMP)
 	OMP_NUM_THREADS=1 $(OPENMMLAB_ENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 \
 		--dist loadfile $(OPENMMLAB_TESTS) $(PYTEST_ARGS)
 
-$(OPENMMLAB_STAMP): setup.py tools/misc/setup_openmmlab.sh
+$(OPENMMLAB_STAMP): setup.py tools/misc/environment.sh tools/misc/setup_openmmlab.sh
 	@tools/misc/setup_openmmlab.sh "$(OPENMMLAB_ENV)" $(TORCH)
 	@touch "$@"
 

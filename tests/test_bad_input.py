@@ -5,7 +5,6 @@ import json
 import os
 import runpy
 import shutil
-import subprocess
 import sys
 from collections import OrderedDict
 from pathlib import Path
@@ -14,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from jobs import draw_shapes
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset
 from mmengine.registry import MODELS, DefaultScope, init_default_scope
@@ -570,9 +570,7 @@ def test_init_cfgs(init_cfg, text):
 @pytest.fixture(scope='module')
 def shapes(tmp_path_factory):
     folder = tmp_path_factory.mktemp('shapes') / 'shapes'
-    command = [sys.executable, TOOLS / 'dataset_converters' / 'shapes.py', folder]
-    sizes = ['--num-train', '2', '--num-val', '1', '--size', '64', '--workers', '1']
-    subprocess.run([*command, *sizes], check=True, stdout=subprocess.DEVNULL)
+    draw_shapes(folder, num_train=2, num_val=1)
     return folder
 
 

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from jobs import draw_shapes, job_environment
 from mmengine.config import Config
 
 from mmscalablevit.engine.errors import UserError
@@ -178,22 +179,13 @@ def test_commands(tool, tmp_path):
 def room(tmp_path_factory):
     """A folder to work in that holds a data set."""
     folder = tmp_path_factory.mktemp('room')
-    command = [sys.executable, ROOT / 'tools' / 'dataset_converters' / 'shapes.py', 'shapes']
-    sizes = ['--num-train', '8', '--num-val', '4', '--size', '64', '--workers', '1']
-    subprocess.run([*command, *sizes], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+    draw_shapes(folder / 'shapes')
     return folder
 
 
 @pytest.fixture(scope='module')
 def environment(room):
-    return {
-        **os.environ,
-        'PATH': os.pathsep.join([str(Path(sys.executable).parent), os.environ['PATH']]),
-        'PYTHONPATH': str(ROOT),
-        'SHAPES_ROOT': str(room / 'shapes'),
-        'CUDA_VISIBLE_DEVICES': '',
-        'OMP_NUM_THREADS': '1',
-    }
+    return job_environment(room)
 
 
 def start(room, environment, *words):

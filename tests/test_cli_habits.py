@@ -15,7 +15,12 @@ PYTHON = sorted(
     for folder in ('tools', 'demo')
     for path in (ROOT / folder).glob('**/*.py')
 )
-SHELL = sorted(str(path.relative_to(ROOT)) for path in (ROOT / 'tools').glob('**/*.sh'))
+SHELL = sorted(
+    str(path.relative_to(ROOT))
+    for path in (ROOT / 'tools').glob('**/*.sh')
+    # The others are sourced.
+    if os.access(path, os.X_OK)
+)
 DETECTOR = str(ROOT / 'tests' / 'data' / 'tiny_mask-rcnn.py')
 SEGMENTOR = str(ROOT / 'tests' / 'data' / 'tiny_upernet.py')
 # Of each tool, command lines with one thing missing or wrong, and the word that names it.

@@ -20,6 +20,7 @@ import mmengine
 import numpy as np
 import pytest
 import torch
+from jobs import draw_shapes, job_environment
 from mmengine.config import Config
 from mmengine.model import MMDistributedDataParallel
 from mmengine.optim import build_optim_wrapper
@@ -110,9 +111,7 @@ CONFIG_TEXTS = {
 def room(tmp_path_factory):
     """A folder to work in: the data set, with an odd number of images to test on, and configs."""
     folder = tmp_path_factory.mktemp('room')
-    command = [sys.executable, TOOLS / 'dataset_converters' / 'shapes.py', folder / 'shapes']
-    sizes = ['--num-train', str(NUM_TRAIN), '--num-val', str(NUM_VAL), '--size', '64']
-    subprocess.run([*command, *sizes, '--workers', '1'], check=True, stdout=subprocess.DEVNULL)
+    draw_shapes(folder / 'shapes', NUM_TRAIN, NUM_VAL)
     for name, text in CONFIG_TEXTS.items():
         places = dict(demo=ROOT / 'configs' / 'demo', data=folder / 'shapes')
         (folder / name).write_text(text.format(**places))
@@ -121,14 +120,7 @@ def room(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def environment(room):
-    return {
-        **os.environ,
-        'PATH': os.pathsep.join([str(Path(sys.executable).parent), os.environ['PATH']]),
-        'PYTHONPATH': os.pathsep.join([str(ROOT), str(ROOT / 'tests')]),
-        'SHAPES_ROOT': str(room / 'shapes'),
-        'CUDA_VISIBLE_DEVICES': '',
-        'OMP_NUM_THREADS': '1',
-    }
+    return job_environment(room)
 
 
 def free_port():

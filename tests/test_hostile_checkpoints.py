@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from jobs import draw_shapes
 from mmengine.config import Config
 from mmengine.logging import HistoryBuffer
 from mmengine.registry import MODELS, init_default_scope
@@ -539,9 +540,7 @@ def room(tmp_path_factory):
     """Drawn shapes, an image, and a whole checkpoint of a segmentor."""
     pytest.importorskip('mmseg')
     folder = tmp_path_factory.mktemp('room')
-    command = [sys.executable, ROOT / 'tools' / 'dataset_converters' / 'shapes.py']
-    options = ['--num-train', '2', '--num-val', '1', '--size', '64', '--workers', '1']
-    subprocess.run([*command, folder / 'shapes', *options], check=True, stdout=subprocess.DEVNULL)
+    draw_shapes(folder / 'shapes', num_train=2, num_val=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('SHAPES_ROOT', str(folder / 'shapes'))
         cfg = Config.fromfile(SEGMENTOR)

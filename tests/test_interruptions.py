@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from jobs import draw_shapes, job_environment
 from mmengine.config import Config
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.model import BaseModel
@@ -69,9 +70,7 @@ randomness = dict(_delete_=True, seed=None)
 def room(tmp_path_factory):
     """A folder to work in that holds a data set and configs."""
     folder = tmp_path_factory.mktemp('room')
-    command = [sys.executable, ROOT / 'tools' / 'dataset_converters' / 'shapes.py', 'shapes']
-    sizes = ['--num-train', '8', '--num-val', '4', '--size', '64', '--workers', '1']
-    subprocess.run([*command, *sizes], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+    draw_shapes(folder / 'shapes')
     (folder / 'segmentor.py').write_text(SEGMENTOR)
     (folder / 'detector.py').write_text(DETECTOR)
     return folder
@@ -83,13 +82,7 @@ def start(room, config, work_dir, *options):
         return subprocess.Popen(
             command,
             cwd=room,
-            env={
-                **os.environ,
-                'PYTHONPATH': str(ROOT),
-                'SHAPES_ROOT': str(room / 'shapes'),
-                'CUDA_VISIBLE_DEVICES': '',
-                'OMP_NUM_THREADS': '1',
-            },
+            env=job_environment(room),
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,

@@ -3,7 +3,6 @@
 
 import json
 import math
-import os
 import statistics
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from golden import load_reference, reference_input, relative_error
+from jobs import draw_shapes, job_environment
 from plain import plain_forward
 
 from mmscalablevit import ScalableViT
@@ -176,34 +176,27 @@ def test_network_with_scaled_weights_is_finite(dtype, kv, attn_drop_rate):
 
 @pytest.fixture(scope='module')
 def few_shapes(tmp_path_factory):
-    return draw_shapes(tmp_path_factory.mktemp('few'), 24, 4)
+    return room_of_shapes(tmp_path_factory, 24, 4)
 
 
 @pytest.fixture(scope='module')
 def shapes(tmp_path_factory):
-    return draw_shapes(tmp_path_factory.mktemp('many'), 2000, 100)
+    return room_of_shapes(tmp_path_factory, 2000, 100)
 
 
-def draw_shapes(room, num_train, num_val):
-    """Put the demo's data into a folder, where its configs look for them."""
-    tool = ROOT / 'tools' / 'dataset_converters' / 'shapes.py'
-    sizes = ['--num-train', str(num_train), '--num-val', str(num_val)]
-    run([sys.executable, tool, 'data/shapes', *sizes, '--workers', '1'], room)
+def room_of_shapes(tmp_path_factory, num_train, num_val):
+    """A folder with the demo's data set where its configs look for it."""
+    room = tmp_path_factory.mktemp('room')
+    draw_shapes(room / 'data' / 'shapes', num_train, num_val, size=128)
     return room
 
 
-def run(command, room, threads=1):
+def run(command, room, threads):
     process = subprocess.run(
         [str(part) for part in command],
         cwd=room,
-        env={
-            **os.environ,
-            'PYTHONPATH': str(ROOT),
-            'CUDA_VISIBLE_DEVICES': '',
-            'OMP_NUM_THREADS': str(threads),
-            # Where cores are shared, threads that wait by spinning take them from each other.
-            'OMP_WAIT_POLICY': 'passive',
-        },
+        # Where cores are shared, threads that wait by spinning take them from each other.
+        env=job_environment(room, threads, OMP_WAIT_POLICY='passive'),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

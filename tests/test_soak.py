@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from jobs import draw_shapes, job_environment
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
@@ -73,9 +74,7 @@ class _WatchHook(Hook):
 @pytest.fixture(scope='module')
 def room(tmp_path_factory):
     folder = tmp_path_factory.mktemp('room')
-    command = [sys.executable, ROOT / 'tools' / 'dataset_converters' / 'shapes.py', 'shapes']
-    sizes = ['--num-train', '8', '--num-val', '4', '--size', '64', '--workers', '1']
-    subprocess.run([*command, *sizes], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+    draw_shapes(folder / 'shapes')
     return folder
 
 
@@ -89,13 +88,7 @@ def start(room, name, max_iters, threads=1, fail_at=0):
         process = subprocess.Popen(
             [sys.executable, TRAIN, config, '--work-dir', room / name],
             cwd=room,
-            env={
-                **os.environ,
-                'PYTHONPATH': os.pathsep.join([str(ROOT), str(ROOT / 'tests')]),
-                'SHAPES_ROOT': str(room / 'shapes'),
-                'CUDA_VISIBLE_DEVICES': '',
-                'OMP_NUM_THREADS': str(threads),
-            },
+            env=job_environment(room, threads),
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,

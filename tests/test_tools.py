@@ -18,6 +18,7 @@ import mmengine
 import numpy as np
 import pytest
 import torch
+from jobs import draw_shapes, job_environment
 from mmengine.config import Config
 
 ROOT = Path(__file__).parents[1]
@@ -32,23 +33,13 @@ NUM_TRAIN, NUM_VAL = 8, 4
 def room(tmp_path_factory):
     """A folder to work in that holds the data set."""
     folder = tmp_path_factory.mktemp('room')
-    command = [sys.executable, TOOLS / 'dataset_converters' / 'shapes.py', folder / 'shapes']
-    sizes = ['--num-train', str(NUM_TRAIN), '--num-val', str(NUM_VAL), '--size', '64']
-    subprocess.run([*command, *sizes, '--workers', '1'], check=True, stdout=subprocess.DEVNULL)
+    draw_shapes(folder / 'shapes', NUM_TRAIN, NUM_VAL)
     return folder
 
 
 @pytest.fixture(scope='module')
 def environment(room):
-    paths = [str(Path(sys.executable).parent), os.environ['PATH']]
-    return {
-        **os.environ,
-        'PATH': os.pathsep.join(paths),
-        'PYTHONPATH': str(ROOT),
-        'SHAPES_ROOT': str(room / 'shapes'),
-        'CUDA_VISIBLE_DEVICES': '',
-        'OMP_NUM_THREADS': '1',
-    }
+    return job_environment(room)
 
 
 def run(command, room, environment, expect=0):

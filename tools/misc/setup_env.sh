@@ -5,49 +5,19 @@ set -euo pipefail
 
 usage='usage: tools/misc/setup_env.sh ENV_DIR TORCH_REQUIREMENT...
 example: tools/misc/setup_env.sh .venv torch==2.13.0 torchvision==0.28.0'
-if [ "${1:-}" = -h ] || [ "${1:-}" = --help ]; then
-    echo "$usage"
-    exit
-fi
-if [ $# -lt 2 ]; then
-    echo "$usage" >&2
-    exit 2
-fi
-env_dir=$1
-shift
-cd "$(dirname "$0")/../.."
+. "$(dirname "$0")/environment.sh"
 
 MMENGINE=onedl-mmengine==0.10.12
 MMCV=onedl-mmcv==2.3.6
 
-say() { printf '\n== %s\n' "$*"; }
-has() { "$python" -c "import $1" > /dev/null 2>&1; }
-pip_install() { "$python" -m pip install --quiet --disable-pip-version-check "$@"; }
-fail() {
-    printf '%s\n' "$*" >&2
-    exit 1
-}
-
-if [ ! -x "$env_dir/bin/python" ]; then
-    say "Creating the virtual environment $env_dir"
-    python3 -m venv "$env_dir" ||
-        fail 'python3 -m venv failed; on Debian and Ubuntu: apt-get install python3-venv'
-fi
-python=$env_dir/bin/python
-"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
-    fail "Python 3.10 or newer is needed, $env_dir has $("$python" --version)"
-
 if has torch; then
     say "Keeping torch $("$python" -c 'import torch; print(torch.__version__)')"
-    "$python" -m pip show --quiet torchvision 2> /dev/null || missing_vision=1
+    has_package torchvision || missing_vision=1
 else
-    say "Installing $*"
-    pip_install "$@"
+    say "Installing ${torch[*]}"
+    pip_install "${torch[@]}"
 fi
-# Nothing below may replace the torch that is there.
-constraints=$(mktemp)
-trap 'rm -f "$constraints"' EXIT
-"$python" -m pip freeze | grep -E '^(torch|torchvision)==' | sed 's/+.*//' > "$constraints"
+keep_torch
 if [ -n "${missing_vision:-}" ]; then
     say 'Installing the torchvision that fits'
     pip_install --constraint "$constraints" torchvision
@@ -86,6 +56,4 @@ if ! has cv2; then
     pip_install --force-reinstall --no-deps "opencv-python-headless==$version"
 fi
 "$python" -c 'import mmscalablevit, mmcv._ext, mmdet.models, mmseg.models, mmpretrain.models'
-say "Ready: $("$python" -c '
-import mmscalablevit, mmengine, mmcv, mmdet, mmseg, mmpretrain, torch
-print(*(f"{m.__name__} {m.__version__}" for m in (mmscalablevit, torch, mmengine, mmcv, mmdet, mmseg, mmpretrain)), sep=", ")')"
+print_versions

@@ -7,49 +7,19 @@ set -euo pipefail
 usage='usage: tools/misc/setup_openmmlab.sh ENV_DIR TORCH_REQUIREMENT...
 The variable MMCV_LITE replaces mmcv-lite==2.1.0.
 example: tools/misc/setup_openmmlab.sh .venv-openmmlab torch==2.13.0 torchvision==0.28.0'
-if [ "${1:-}" = -h ] || [ "${1:-}" = --help ]; then
-    echo "$usage"
-    exit
-fi
-if [ $# -lt 2 ]; then
-    echo "$usage" >&2
-    exit 2
-fi
-env_dir=$1
-shift
-cd "$(dirname "$0")/../.."
+. "$(dirname "$0")/environment.sh"
 
 ORIGINAL=(mmengine==0.10.7 "${MMCV_LITE:-mmcv-lite==2.1.0}" mmpretrain==1.2.0 mmdet==3.3.0
     mmsegmentation==1.2.2 ftfy regex)
 
-say() { printf '\n== %s\n' "$*"; }
-has() { "$python" -c "import $1" > /dev/null 2>&1; }
-has_package() { "$python" -m pip show --quiet "$1" 2> /dev/null; }
-pip_install() { "$python" -m pip install --quiet --disable-pip-version-check "$@"; }
-fail() {
-    printf '%s\n' "$*" >&2
-    exit 1
-}
-
-if [ ! -x "$env_dir/bin/python" ]; then
-    say "Creating the virtual environment $env_dir"
-    python3 -m venv "$env_dir" ||
-        fail 'python3 -m venv failed; on Debian and Ubuntu: apt-get install python3-venv'
-fi
-python=$env_dir/bin/python
-"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
-    fail "Python 3.10 or newer is needed, $env_dir has $("$python" --version)"
 for maintained in onedl-mmengine onedl-mmcv; do
     has_package "$maintained" &&
         fail "$env_dir has $maintained, of the same import name as an original package: choose another environment"
 done
 
-has torch || say "Installing $*"
-pip_install "$@"
-# Nothing below may replace the torch that is there.
-constraints=$(mktemp)
-trap 'rm -f "$constraints"' EXIT
-"$python" -m pip freeze | grep -E '^(torch|torchvision)==' | sed 's/+.*//' > "$constraints"
+has torch || say "Installing ${torch[*]}"
+pip_install "${torch[@]}"
+keep_torch
 
 say "Installing mmscalablevit and the test tools with ${ORIGINAL[*]}"
 pip_install 'setuptools>=68' wheel
@@ -61,6 +31,4 @@ if ! has cv2; then
     pip_install --force-reinstall --no-deps opencv-python-headless
 fi
 "$python" -W ignore -c 'import mmscalablevit, mmdet, mmseg, mmpretrain.models'
-say "Ready: $("$python" -W ignore -c '
-import mmscalablevit, mmengine, mmcv, mmdet, mmseg, mmpretrain, torch
-print(*(f"{m.__name__} {m.__version__}" for m in (mmscalablevit, torch, mmengine, mmcv, mmdet, mmseg, mmpretrain)), sep=", ")')"
+print_versions

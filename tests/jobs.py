@@ -1,0 +1,32 @@
+# Copyright (c) mmscalablevit contributors. All rights reserved.
+"""What tests need that start the tools as jobs: drawn data, and an environment."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
+
+
+def draw_shapes(folder: Path, num_train: int = 8, num_val: int = 4, size: int = 64) -> None:
+    """Write the demo's data set into a new folder."""
+    tool = ROOT / 'tools' / 'dataset_converters' / 'shapes.py'
+    sizes = ['--num-train', str(num_train), '--num-val', str(num_val), '--size', str(size)]
+    command = [sys.executable, str(tool), str(folder), *sizes, '--workers', '1']
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
+def job_environment(room: Path, threads: int = 1, **more: str) -> dict[str, str]:
+    """Variables of a job on the CPU that takes its data from ``room/shapes``."""
+    return {
+        **os.environ,
+        'PATH': os.pathsep.join([str(Path(sys.executable).parent), os.environ['PATH']]),
+        # The tests, too, as configs import hooks of theirs.
+        'PYTHONPATH': os.pathsep.join([str(ROOT), str(TESTS)]),
+        'SHAPES_ROOT': str(room / 'shapes'),
+        'CUDA_VISIBLE_DEVICES': '',
+        'OMP_NUM_THREADS': str(threads),
+        **more,
+    }
