@@ -22,6 +22,8 @@ PRESETS = {
     for name in ('small', 'base', 'large', 'small-merged')
 }
 LARGEST_SIDE, LARGEST_RATIO = 260, 40
+# hypothesis varies the cases of a run, where parts of them stay the same; new runs draw anew.
+ROUND = 10
 # Rounding counts for more in drawn archs, whose norms have as few as 4 channels.
 TOLERANCES = {torch.float32: 1e-3, torch.float64: 1e-11}
 
@@ -43,20 +45,21 @@ def number_of_cases(few, many):
 def check_cases(number, check, start=0, **strategies):
     """Call ``check`` with drawn arguments, the same ones in every run; print what was tried."""
     tried = []
+    for first in range(0, number, ROUND):
 
-    @seed(start)
-    @settings(
-        max_examples=number,
-        database=None,
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(st.fixed_dictionaries(strategies))
-    def run(case):
-        tried.append(case)
-        check(**case)
+        @seed(start + first)
+        @settings(
+            max_examples=min(ROUND, number - first),
+            database=None,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(st.fixed_dictionaries(strategies))
+        def run(case):
+            tried.append(case)
+            check(**case)
 
-    run()
+        run()
     sizes = {case['size'] for case in tried}
     archs = {str(case['arch']) for case in tried}
     ratio = max(max(size) / min(size) for size in sizes)

@@ -88,10 +88,13 @@ def start(room, name, max_iters, threads=1, fail_at=0):
         process = subprocess.Popen(
             [sys.executable, TRAIN, config, '--work-dir', room / name],
             cwd=room,
-            env=job_environment(room, threads),
+            # Where cores are shared, threads that wait by spinning take them from each other.
+            env=job_environment(room, threads, OMP_WAIT_POLICY='passive'),
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            # A job in the background of a shell would ignore it.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
     return process, file
 
