@@ -18,7 +18,7 @@ def draw_shapes(folder: Path, num_train: int = 8, num_val: int = 4, size: int = 
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
-def job_environment(room: Path, threads: int = 1, **more: str) -> dict[str, str]:
+def job_environment(room: Path, threads: int = 1) -> dict[str, str]:
     """Variables of a job on the CPU that takes its data from ``room/shapes``."""
     return {
         **os.environ,
@@ -28,5 +28,6 @@ def job_environment(room: Path, threads: int = 1, **more: str) -> dict[str, str]
         'SHAPES_ROOT': str(room / 'shapes'),
         'CUDA_VISIBLE_DEVICES': '',
         'OMP_NUM_THREADS': str(threads),
-        **more,
+        # Where cores are shared, threads that wait by spinning take them from each other.
+        'OMP_WAIT_POLICY': 'passive',
     }

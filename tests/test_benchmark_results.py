@@ -14,6 +14,7 @@ from pathlib import Path
 
 import cv2
 import pytest
+from jobs import draw_shapes, job_environment
 from mmengine.config import Config
 
 from mmscalablevit.engine import benchmark
@@ -567,20 +568,13 @@ def test_help_has_an_example(monkeypatch, capsys):
 def test_true_logs(tmp_path):
     """Of a training of four iterations, and of a test with augmentation of its checkpoint."""
     pytest.importorskip('mmseg')
-    shapes = [ROOT / 'tools' / 'dataset_converters' / 'shapes.py', tmp_path / 'shapes']
-    sizes = ['--num-train', '8', '--num-val', '4', '--size', '64', '--workers', '1']
+    draw_shapes(tmp_path / 'shapes')
     config = ROOT / 'tests' / 'data' / 'tiny_upernet.py'
     train = [ROOT / 'tools' / 'train.py', config, '--work-dir', 'run']
     test = [ROOT / 'tools' / 'test.py', config, 'run/iter_4.pth', '--work-dir', 'run', '--tta']
     result = [TOOL, 'run', '--out', 'out']
-    environment = dict(
-        os.environ,
-        PYTHONPATH=str(ROOT),
-        SHAPES_ROOT=str(tmp_path / 'shapes'),
-        CUDA_VISIBLE_DEVICES='',
-        OMP_NUM_THREADS='1',
-    )
-    for command in ([*shapes, *sizes], train, test, result):
+    environment = job_environment(tmp_path)
+    for command in (train, test, result):
         done = subprocess.run(
             [sys.executable, *map(str, command)],
             cwd=tmp_path,

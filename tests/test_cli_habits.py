@@ -9,6 +9,7 @@ import sys
 
 import pytest
 from doc_blocks import ROOT, environment
+from jobs import draw_shapes
 
 PYTHON = sorted(
     str(path.relative_to(ROOT))
@@ -148,11 +149,7 @@ CASES = [(tool, '--help', '') for tool in PYTHON] + [
 def folder(tmp_path_factory):
     """A folder with a data set of one photo, a damaged checkpoint and damaged configs."""
     folder = tmp_path_factory.mktemp('habits')
-    command = [sys.executable, str(ROOT / 'tools/dataset_converters/shapes.py'), 'shapes']
-    small = ['--num-train', '4', '--num-val', '2', '--size', '64', '--workers', '1']
-    subprocess.run(
-        [*command, *small], cwd=folder, env=environment(), check=True, capture_output=True
-    )
+    draw_shapes(folder / 'shapes', num_train=4, num_val=2)
     photo = folder / 'shapes' / 'photo.jpg'
     photo.write_bytes((folder / 'shapes/images/training/000001.jpg').read_bytes())
     (folder / 'broken.pth').write_bytes(b'no checkpoint')

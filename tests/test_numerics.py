@@ -195,8 +195,7 @@ def run(command, room, threads):
     process = subprocess.run(
         [str(part) for part in command],
         cwd=room,
-        # Where cores are shared, threads that wait by spinning take them from each other.
-        env=job_environment(room, threads, OMP_WAIT_POLICY='passive'),
+        env=job_environment(room, threads),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -88,8 +88,7 @@ def start(room, name, max_iters, threads=1, fail_at=0):
         process = subprocess.Popen(
             [sys.executable, TRAIN, config, '--work-dir', room / name],
             cwd=room,
-            # Where cores are shared, threads that wait by spinning take them from each other.
-            env=job_environment(room, threads, OMP_WAIT_POLICY='passive'),
+            env=job_environment(room, threads),
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
