@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmscalablevit import ScalableViT
-from mmscalablevit.models import linear, mlp
+from mmscalablevit.models import attention, linear, mlp
 from mmscalablevit.models.attention import InteractiveWindowSelfAttention as IWSA
 from mmscalablevit.models.attention import ScalableSelfAttention as SSA
 from mmscalablevit.models.linear import Linear
@@ -95,6 +95,27 @@ def test_every_attention_takes_the_fused_kernel(size, dtype, training):
     assert not counts.keys() & {'softmax', '_softmax', 'bmm', 'baddbmm', 'matmul'}
 
 
+@pytest.mark.parametrize('amx', [False, True])
+def test_bfloat16_attention_trains_in_float32_on_cpus_without_amx(amx, monkeypatch):
+    """Its backward pass is many times slower in bfloat16 there; inference is not."""
+    monkeypatch.setattr(attention, '_AMX', amx)
+    dtypes = []
+    fused = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(query, *args, **kwargs):
+        dtypes.append(query.dtype)
+        return fused(query, *args, **kwargs)
+
+    monkeypatch.setattr(attention.F, 'scaled_dot_product_attention', spy)
+    net, x = IWSA(64, 2), torch.rand(1, 14, 14, 64)
+    with torch.autocast('cpu', torch.bfloat16):
+        assert net(x).dtype == torch.bfloat16
+        with torch.no_grad():
+            net(x)
+
+    assert dtypes == [torch.bfloat16 if amx else torch.float32, torch.bfloat16]
+
+
 ATTENTIONS = {
     # The windows, and the values as a map for LIM.
     'windows that fit': (IWSA(64, 2), (1, 56, 56, 64), 2),
@@ -107,10 +128,10 @@ ATTENTIONS = {
 }
 
 
-@pytest.mark.parametrize(('attention', 'shape', 'copies'), ATTENTIONS.values(), ids=ATTENTIONS)
-def test_copies_of_a_map_in_an_attention(attention, shape, copies):
+@pytest.mark.parametrize(('module', 'shape', 'copies'), ATTENTIONS.values(), ids=ATTENTIONS)
+def test_copies_of_a_map_in_an_attention(module, shape, copies):
     with torch.no_grad():
-        counts = operators(attention.eval(), torch.rand(shape))
+        counts = operators(module.eval(), torch.rand(shape))
 
     assert counts.get('copy_', 0) <= copies
 

@@ -9,6 +9,10 @@ from torch.compiler import is_compiling
 from .embedding import conv_channels_last
 from .linear import Linear
 
+# In bfloat16 without these units, torch's backward pass on CPU is up to ten times as slow as in
+# float32 (docs/performance.md). torch before 2.6 does not tell.
+_AMX = getattr(torch.cpu, '_is_amx_tile_supported', lambda: False)()
+
 
 class ScalableSelfAttention(nn.Module):
     """Scalable Self-Attention, SSA (ScalableViT, section "Scalable Self-Attention").
@@ -216,6 +220,7 @@ def fused_attention(
 
     The fused kernels want values as wide as keys and otherwise fall back to explicit matrices. The
     narrower side is padded with zeros, which changes neither the products nor the kept outputs.
+    Training in half precision on CPUs without AMX computes in float32, which is faster there.
 
     Args:
         query (Tensor): Queries of shape (B, heads, N, D).
@@ -233,6 +238,10 @@ def fused_attention(
         >>> fused_attention(q, k, v, scale=40**-0.5).shape
         torch.Size([1, 2, 9, 32])
     """
+    if _has_slow_backward(query):
+        with torch.autocast('cpu', enabled=False):
+            out = fused_attention(query.float(), key.float(), value.float(), scale, dropout)
+        return out.to(query.dtype)
     key_width, value_width = key.shape[-1], value.shape[-1]
     if value_width < key_width:
         value = F.pad(value, (0, key_width - value_width))
@@ -241,3 +250,8 @@ def fused_attention(
         key = F.pad(key, (0, value_width - key_width))
     out = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=scale)
     return out[..., :value_width]
+
+
+def _has_slow_backward(query: Tensor) -> bool:
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    return query.device.type == 'cpu' and half and not _AMX and query.requires_grad
