@@ -28,6 +28,15 @@ ROUND = 10
 TOLERANCES = {torch.float32: 1e-3, torch.float64: 1e-11}
 
 
+@pytest.fixture(scope='module', autouse=True)
+def two_threads():
+    """Of one thread, the network leaves out a faster way of its linear layers."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
 def number_of_cases(few, many):
     """How many to draw, in the normal suite and in the long one."""
     return pytest.mark.parametrize('number', [few, pytest.param(many, marks=pytest.mark.long)])

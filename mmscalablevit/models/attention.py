@@ -9,8 +9,8 @@ from torch.compiler import is_compiling
 from .embedding import conv_channels_last
 from .linear import Linear
 
-# In bfloat16 without these units, torch's backward pass on CPU is up to ten times as slow as in
-# float32 (docs/performance.md). torch before 2.6 does not tell.
+# In bfloat16 without these units, torch's backward pass on CPU is up to seven times as slow as in
+# float32 (docs/performance.md). Older versions of torch cannot tell.
 _AMX = getattr(torch.cpu, '_is_amx_tile_supported', lambda: False)()
 
 

@@ -1,16 +1,18 @@
 # Copyright (c) mmscalablevit contributors. All rights reserved.
 """Linear layers of the network, and where they run in a faster way of the same result."""
 
-import math
 import platform
+from typing import Optional
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_compiling
-from torch.utils.flop_counter import register_flop_formula
 
 _X86 = platform.machine().lower() in ('x86_64', 'amd64')
-_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_linear_pointwise')
+_ONEDNN = torch.backends.mkldnn.is_available()
+# With fewer values or one thread torch gives a 1x1 convolution to a slower kernel than oneDNN's.
+_MIN_VALUES = 20480
 # torch before 2.7 cannot tell an export, whose graph should stay plain, from a compilation.
 _is_exporting = getattr(torch.compiler, 'is_exporting', lambda: True)
 
@@ -18,9 +20,10 @@ _is_exporting = getattr(torch.compiler, 'is_exporting', lambda: True)
 class Linear(nn.Linear):
     """A linear layer over the last dimension, through the faster of torch's CPU kernels.
 
-    For float32 on CPU, ``nn.Linear`` takes matrix products from MKL. For the long and narrow
-    products of this network those of oneDNN are faster (docs/performance.md), so that the layer
-    takes these, by the operator ``mmscalablevit::linear``, which compilers leave as it is.
+    For float32 on CPU, torch takes matrix products from MKL and convolutions from oneDNN. For the
+    long and narrow products of this network oneDNN is the faster one (docs/performance.md), so that
+    the layer runs there as a 1x1 convolution on a view of the same memory; in compiled graphs by
+    the operator ``mmscalablevit::linear``, as inductor lays out a convolution's input anew.
     Everywhere else, while exporting included, it is ``nn.Linear``.
 
     Args:
@@ -36,12 +39,14 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform ``x`` of shape (..., in_features) to (..., out_features)."""
-        if not self.takes_onednn(x):
+        if not self.may_be_convolution(x):
             return super().forward(x)
-        return onednn_linear(x, self.weight, self.bias)
+        if is_compiling():
+            return _compiled_linear(x, self.weight, self.bias)
+        return fastest_linear(x, self.weight, self.bias)
 
-    def takes_onednn(self, x: Tensor) -> bool:
-        """Whether the layer takes oneDNN's product for ``x``: float32 on an x86 CPU."""
+    def may_be_convolution(self, x: Tensor) -> bool:
+        """Whether the layer may run as a convolution on ``x``: float32 on an x86 CPU."""
         return (
             x.device.type == 'cpu'
             and _X86
@@ -67,8 +72,8 @@ def runs_eagerly_on_cpu(x: Tensor) -> bool:
     return not is_compiling() and not torch.jit.is_tracing() and x.device.type == 'cpu' and _X86
 
 
-def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Compute ``F.linear`` in float32 on CPU by oneDNN, as an operator of its own.
+def fastest_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute ``F.linear`` in float32 on CPU, as a 1x1 convolution where that is faster.
 
     Args:
         x (Tensor): Input of shape (..., in_features).
@@ -80,21 +85,23 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
     Example:
         >>> import torch
-        >>> onednn_linear(torch.rand(7, 64), torch.rand(192, 64), None).shape
+        >>> fastest_linear(torch.rand(7, 64), torch.rand(192, 64), None).shape
         torch.Size([7, 192])
     """
-    return torch.ops.mmscalablevit.linear.default(x, weight, bias)
+    if x.numel() <= _MIN_VALUES or torch.get_num_threads() == 1:
+        return F.linear(x, weight, bias)
+    rows = x if x.dim() == 4 else x.reshape(1, 1, -1, x.shape[-1])
+    out = F.conv2d(rows.permute(0, 3, 1, 2), weight[:, :, None, None], bias)
+    return out.permute(0, 2, 3, 1).reshape(*x.shape[:-1], weight.shape[0])
 
 
-torch.library.define('mmscalablevit::linear', '(Tensor x, Tensor weight, Tensor? bias) -> Tensor')
+# `Tensor | None` is not understood by the schema reader of every torch that is supported.
+@torch.library.custom_op('mmscalablevit::linear', mutates_args=(), device_types='cpu')
+def _compiled_linear(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:  # noqa: UP045
+    return fastest_linear(x, weight, bias).contiguous()
 
 
-@torch.library.impl('mmscalablevit::linear', 'cpu')
-def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, 'none', [], '')
-
-
-@torch.library.register_fake('mmscalablevit::linear')
+@_compiled_linear.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
@@ -107,19 +114,12 @@ def _save_for_backward(ctx, inputs: tuple, output: Tensor) -> None:
 def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-    rows = grad.reshape(-1, grad.shape[-1])
+    rows = grad.flatten(0, -2)
     return (
-        onednn_linear(grad, weight.t(), None) if needs_x else None,
-        rows.t() @ x.reshape(-1, x.shape[-1]) if needs_weight else None,
+        _compiled_linear(grad, weight.t(), None) if needs_x else None,
+        rows.t() @ x.flatten(0, -2) if needs_weight else None,
         rows.sum(0) if needs_bias else None,
     )
 
 
-torch.library.register_autograd(
-    'mmscalablevit::linear', _backward, setup_context=_save_for_backward
-)
-
-
-@register_flop_formula(torch.ops.mmscalablevit.linear)
-def _(x_shape: tuple, weight_shape: tuple, *args, **kwargs) -> int:
-    return 2 * math.prod(x_shape) * weight_shape[0]
+_compiled_linear.register_autograd(_backward, setup_context=_save_for_backward)

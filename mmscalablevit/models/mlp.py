@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from .linear import Linear, onednn_linear, runs_eagerly_on_cpu
+from .linear import Linear, fastest_linear, runs_eagerly_on_cpu
 
 # 4 MiB in float32: measured on cores with 1 MiB of L2 cache; half and double are no faster.
 _VALUES_IN_CACHE = 2**20
@@ -63,7 +63,7 @@ def add_mlp(x: Tensor, norm: nn.LayerNorm, mlp: MLP) -> Tensor:
         x = x.contiguous()
         return _add_in_slices(x, lambda rows: mlp(norm(rows)), fc1.out_features, out=x)
     # The operator takes their weights, so layers that somebody put in their place stay as they are.
-    if is_compiling() and type(fc1) is type(fc2) is Linear and fc1.takes_onednn(x):
+    if is_compiling() and type(fc1) is type(fc2) is Linear and fc1.may_be_convolution(x):
         return _compiled_add_mlp(
             x, norm.weight, norm.bias, norm.eps, fc1.weight, fc1.bias, fc2.weight, fc2.bias
         )
@@ -93,8 +93,8 @@ def _compiled_add_mlp(
 ) -> Tensor:
     def branch(rows: Tensor) -> Tensor:
         rows = F.layer_norm(rows, rows.shape[-1:], norm_weight, norm_bias, eps)
-        hidden = F.gelu(onednn_linear(rows, weight1, bias1))
-        return onednn_linear(hidden, weight2, bias2)
+        hidden = F.gelu(fastest_linear(rows, weight1, bias1))
+        return fastest_linear(hidden, weight2, bias2)
 
     x = x.contiguous()
     return _add_in_slices(x, branch, weight1.shape[0], out=torch.empty_like(x))
