@@ -25,9 +25,9 @@ from rich.console import Console
 from rich.progress import track
 
 # Imported before any toolbox: it registers the backbone.
-from mmscalablevit.engine import CheckpointError, cli
-from mmscalablevit.engine.errors import UserError, config_errors
-from mmscalablevit.engine.loading import load_weights
+from mmscalablevit import cli
+from mmscalablevit.checkpoint.reading import load_weights
+from mmscalablevit.errors import CheckpointError, UserError, config_errors
 
 matplotlib.use('Agg')
 

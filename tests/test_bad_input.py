@@ -20,10 +20,11 @@ from mmengine.registry import MODELS, DefaultScope, init_default_scope
 from PIL import Image
 
 from mmscalablevit import ScalableViT
-from mmscalablevit.engine import checks, loading
-from mmscalablevit.engine.checkpoint import CheckpointError
-from mmscalablevit.engine.checks import data_set_faults
-from mmscalablevit.engine.data import DataError, check_pipelines
+from mmscalablevit.checks import config as checks
+from mmscalablevit.checks.config import data_set_faults
+from mmscalablevit.checks.pipeline import check_pipelines
+from mmscalablevit.engine import runner as loading
+from mmscalablevit.errors import CheckpointError, DataError
 
 ROOT = Path(__file__).parents[1]
 TOOLS = ROOT / 'tools'
@@ -760,7 +761,7 @@ def load(pipeline):
 def test_turned_photograph_is_warned_of_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     said = []
-    monkeypatch.setattr('mmscalablevit.engine.data.print_log', lambda x, **_: said.append(x))
+    monkeypatch.setattr('mmscalablevit.checks.pipeline.print_log', lambda x, **_: said.append(x))
     init_default_scope('mmdet')
     exif = Image.Exif()
     exif[0x0112] = 6

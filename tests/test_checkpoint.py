@@ -25,13 +25,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mmscalablevit import ScalableViT
-from mmscalablevit.engine import CheckpointError
-from mmscalablevit.models.checkpoint import (
+from mmscalablevit.checkpoint.released import (
     detection_name,
     load_backbone_checkpoint,
     nearest_arch,
     released_name,
 )
+from mmscalablevit.errors import CheckpointError
 
 TINY = dict(
     embed_dims=(16, 16, 32, 32),
@@ -85,7 +85,7 @@ def saved(tmp_path):
 def log(monkeypatch):
     lines = []
     monkeypatch.setattr(
-        'mmscalablevit.models.checkpoint.print_log', lambda line, **kwargs: lines.append(line)
+        'mmscalablevit.checkpoint.released.print_log', lambda line, **kwargs: lines.append(line)
     )
     return lines
 

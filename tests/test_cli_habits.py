@@ -33,22 +33,22 @@ MISTAKES = {
         (f'shapes {DETECTOR} broken.pth --out-dir out', 'broken.pth'),
     ],
     'tools/analysis_tools/benchmark.py': [('--models nowhere', 'nowhere')],
-    'tools/analysis_tools/benchmark_results.py': [('nowhere', 'nowhere')],
-    'tools/analysis_tools/demo_report.py': [
+    'tools/analysis_tools/compare_runs.py': [('nowhere', 'nowhere')],
+    'demo/report.py': [
         ('--det-dir nowhere --seg-dir nowhere --data shapes --out-dir out', 'nowhere'),
     ],
-    'tools/analysis_tools/paper_table.py': [('--markdown --json', '--json')],
+    'tools/analysis_tools/get_flops.py': [('--markdown --json', '--json')],
     'tools/analysis_tools/plot_logs.py': [('nowhere --out curves.png', 'nowhere')],
     'tools/analysis_tools/visualize_backbone.py': [
         ('nowhere.jpg --out-dir out', 'nowhere.jpg'),
         ('shapes/photo.jpg --config nowhere.py --out-dir out', 'nowhere.py'),
     ],
-    'tools/benchmark_all.py': [('nowhere', 'nowhere')],
-    'tools/dataset_converters/check_data.py': [
+    'tools/train_all.py': [('nowhere', 'nowhere')],
+    'tools/check_data.py': [
         ('nowhere.py', 'nowhere.py'),
         ('coco --root nowhere --cfg-options a', '--cfg-options'),
     ],
-    'tools/dataset_converters/shapes.py': [('file.txt', 'file.txt')],
+    'demo/shapes.py': [('file.txt', 'file.txt')],
     'tools/deployment/export_onnx.py': [('nowhere.py --out model.onnx', 'nowhere.py')],
     'tools/model_converters/mm_to_scalablevit.py': [
         ('nowhere.pth out.pth', 'nowhere.pth'),

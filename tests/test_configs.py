@@ -20,7 +20,7 @@ from mmengine.registry import MODELS, PARAM_SCHEDULERS, TRANSFORMS, init_default
 from torch import nn
 
 import mmscalablevit  # noqa: F401
-from mmscalablevit.models.scalablevit import ARCH_ZOO
+from mmscalablevit.models.arch import ARCH_ZOO
 
 ROOT = Path(__file__).parents[1]
 # mmcv-lite comes without them, and even importing the models of mmdet and mmseg needs them.

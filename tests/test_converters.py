@@ -23,8 +23,8 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from safetensors.torch import load_file
 
-from mmscalablevit import ScalableViT
-from mmscalablevit.engine import CheckpointError, cli
+from mmscalablevit import ScalableViT, cli
+from mmscalablevit.errors import CheckpointError
 
 ROOT = Path(__file__).parents[1]
 TOOLS = ROOT / 'tools' / 'model_converters'

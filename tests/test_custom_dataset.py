@@ -201,7 +201,7 @@ def test_predictions_on_an_image(page):
 
 def load_from(checkpoint, tmp_path, name='tiny_retinanet.py'):
     """Start a runner's training state from a checkpoint."""
-    from mmscalablevit.engine import cli
+    from mmscalablevit import cli
 
     cfg = Config.fromfile(ROOT / 'tests' / 'data' / name)
     cfg.work_dir, cfg.launcher, cfg.load_from = str(tmp_path / 'work'), 'none', str(checkpoint)
@@ -230,7 +230,7 @@ def test_load_from_takes_everything_that_fits(weights, tmp_path):
 
 
 def test_load_from_refuses_what_does_not_fit(weights, tmp_path):
-    from mmscalablevit.engine.checkpoint import CheckpointError
+    from mmscalablevit.errors import CheckpointError
 
     changes = {
         'backbone.patch_embeds.0.proj.weight': torch.zeros(8, 3, 7, 7),

@@ -30,7 +30,7 @@ from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mmscalablevit import ScalableViT
-from mmscalablevit.engine.errors import UserError
+from mmscalablevit.errors import UserError
 
 CLASSIFICATION = sorted(
     f'classification/{path.name}' for path in (ROOT / 'configs' / 'classification').glob('*.py')

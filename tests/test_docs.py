@@ -149,7 +149,7 @@ def check_tool(command, monkeypatch, capsys):
     args = parsed(command, monkeypatch, capsys)
     options = getattr(args, 'cfg_options', None)
     if script in ('tools/train.py', 'tools/test.py') and options and Path(args.config).is_file():
-        from mmscalablevit.engine import cli
+        from mmscalablevit import cli
 
         cli.load_config(args)
 

@@ -32,10 +32,14 @@ from mmengine.runner import CheckpointLoader
 from safetensors.torch import save_file
 
 from mmscalablevit import ScalableViT
-from mmscalablevit.engine import CheckpointError, read_checkpoint, use_safe_loader
-from mmscalablevit.engine.checkpoint import load_from_local, one_line
-from mmscalablevit.engine.loading import load_weights
-from mmscalablevit.models.checkpoint import load_backbone_checkpoint, read_weights
+from mmscalablevit.checkpoint.reading import (
+    load_from_local,
+    load_weights,
+    read_checkpoint,
+    use_safe_loader,
+)
+from mmscalablevit.checkpoint.released import load_backbone_checkpoint, read_weights
+from mmscalablevit.errors import CheckpointError, one_line
 
 ROOT = Path(__file__).parents[1]
 SEGMENTOR = ROOT / 'tests' / 'data' / 'tiny_upernet.py'
@@ -249,7 +253,7 @@ def test_a_file_that_may_not_be_read_is_named(whole, tmp_path, monkeypatch):
         def forbid(name, *args, **kwargs):
             raise PermissionError(13, 'Permission denied', name)
 
-        monkeypatch.setattr('mmscalablevit.engine.checkpoint.open', forbid, raising=False)
+        monkeypatch.setattr('mmscalablevit.checkpoint.reading.open', forbid, raising=False)
     with pytest.raises(CheckpointError, match=r'secret.pth cannot be read \(Permission denied\)'):
         read_checkpoint(str(path))
 

@@ -27,15 +27,12 @@ from mmengine.runner import Runner, loops
 from torch import nn
 from torch.utils.data import Dataset
 
-from mmscalablevit.engine import cli, resume
-from mmscalablevit.engine.checkpoint import CheckpointError, read_checkpoint
-from mmscalablevit.engine.errors import disk_errors
-from mmscalablevit.engine.resume import (
-    AtomicLocalBackend,
-    find_checkpoint,
-    use_checkpoint_seed,
-    use_resumable_hooks,
-)
+from mmscalablevit import cli
+from mmscalablevit.checkpoint.reading import read_checkpoint
+from mmscalablevit.engine import checkpoint_hook as resume
+from mmscalablevit.engine.checkpoint_hook import AtomicLocalBackend, use_resumable_hooks
+from mmscalablevit.errors import CheckpointError, disk_errors
+from mmscalablevit.work_dirs import find_checkpoint, use_checkpoint_seed
 
 ROOT = Path(__file__).parents[1]
 TRAIN = ROOT / 'tools' / 'train.py'

@@ -20,8 +20,7 @@ from mmengine.registry import (
 )
 from torch import nn
 
-from mmscalablevit import LayerDecayOptimWrapperConstructor, ScalableViT
-from mmscalablevit.engine import cli
+from mmscalablevit import LayerDecayOptimWrapperConstructor, ScalableViT, cli
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
 DETECTION = 'detection/mask-rcnn_scalablevit-s_fpn_lld-1x_coco.py'

@@ -15,11 +15,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mmscalablevit import ScalableViT
-from mmscalablevit.models import attention, linear, mlp
+from mmscalablevit.models import attention
+from mmscalablevit.models import cpu_kernels as linear
+from mmscalablevit.models import cpu_kernels as mlp
+from mmscalablevit.models.arch import ARCH_ZOO
 from mmscalablevit.models.attention import InteractiveWindowSelfAttention as IWSA
 from mmscalablevit.models.attention import ScalableSelfAttention as SSA
-from mmscalablevit.models.linear import Linear
-from mmscalablevit.models.scalablevit import ARCH_ZOO
+from mmscalablevit.models.cpu_kernels import Linear
 
 ARCH = dict(ARCH_ZOO['small'], depths=(2, 2, 2, 2))
 # Divisible by the windows of all stages where they allow it, and not.

@@ -143,7 +143,7 @@ def test_page_logs_to_tensorboard(tmp_path, monkeypatch):
     pytest.importorskip('tensorboard')
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    shapes = ['tools/dataset_converters/shapes.py', 'shapes', '--num-train', '4', '--num-val', '2']
+    shapes = ['demo/shapes.py', 'shapes', '--num-train', '4', '--num-val', '2']
     (tmp_path / 'tools').symlink_to(ROOT / 'tools')
     (tmp_path / 'my_upernet.py').write_text(f"_base_ = '{ROOT}/tests/data/tiny_upernet.py'\n")
     blocks = read_blocks(PAGE)

@@ -19,11 +19,11 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from pycocotools.coco import COCO
 
-from mmscalablevit.engine import CheckpointError
+from mmscalablevit.errors import CheckpointError
 
 ROOT = Path(__file__).resolve().parents[1]
-SHAPES = ROOT / 'tools/dataset_converters/shapes.py'
-REPORT = ROOT / 'tools/analysis_tools/demo_report.py'
+SHAPES = ROOT / 'demo/shapes.py'
+REPORT = ROOT / 'demo/report.py'
 SMALL = dict(num_train=12, num_val=6, size=64)
 
 
@@ -699,9 +699,9 @@ def test_missed_target_fails_only_a_strict_run(
     monkeypatch.setattr(report, 'write_report', lambda *args: rows)
     monkeypatch.setattr(report, 'use_safe_loader', lambda: None)
     folders = [f'--{name}={tmp_path}' for name in ('det-dir', 'seg-dir', 'data', 'out-dir')]
-    monkeypatch.setattr(sys, 'argv', ['demo_report.py', *folders])
+    monkeypatch.setattr(sys, 'argv', ['report.py', *folders])
     report.main()
-    monkeypatch.setattr(sys, 'argv', ['demo_report.py', *folders, '--strict'])
+    monkeypatch.setattr(sys, 'argv', ['report.py', *folders, '--strict'])
     expected = pytest.raises(report.UserError, match='target') if missed else nullcontext()
     with expected:
         report.main()

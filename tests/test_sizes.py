@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from plain import plain_forward
 
 from mmscalablevit import ScalableViT
-from mmscalablevit.models.scalablevit import ARCH_ZOO
+from mmscalablevit.models.arch import ARCH_ZOO
 
 PRESETS = {
     name: dict(ARCH_ZOO[name], depths=(2, 2, 2, 2))

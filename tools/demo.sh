@@ -44,7 +44,7 @@ train() {
     touch "$dir/finished"
 }
 
-"$PYTHON" tools/dataset_converters/shapes.py "$DATA" --num-train 4000 --num-val 100
+"$PYTHON" demo/shapes.py "$DATA" --num-train 4000 --num-val 100
 echo "Training a detector and a segmenter side by side, about 10 minutes on 2 cores"
 trap 'trap - INT TERM; kill 0' INT TERM
 train detection configs/demo/mask-rcnn_scalablevit-demo_fpn_shapes.py &
@@ -57,5 +57,5 @@ wait "$segmentation" || failed=1
 [[ $failed -eq 0 ]] || exit 1
 trap - INT TERM
 
-"$PYTHON" tools/analysis_tools/demo_report.py --det-dir "$WORK_DIR/detection" \
+"$PYTHON" demo/report.py --det-dir "$WORK_DIR/detection" \
     --seg-dir "$WORK_DIR/segmentation" --data "$DATA" --out-dir "$WORK_DIR"

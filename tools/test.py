@@ -11,8 +11,8 @@ from mmengine.utils import mkdir_or_exist
 
 # Imported before any toolbox: the package makes a torchvision that lacks its compiled half
 # importable.
-from mmscalablevit.engine import cli
-from mmscalablevit.engine.checkpoint import check_file
+from mmscalablevit import cli
+from mmscalablevit.checkpoint.reading import check_file
 
 # Launcher: the variable in which mmengine looks for its number of processes.
 WORLD_SIZES = {

@@ -8,10 +8,11 @@ from mmengine.config import Config
 
 # Imported before any toolbox: the package makes a torchvision that lacks its compiled half
 # importable.
-from mmscalablevit.engine import cli
-from mmscalablevit.engine.checkpoint import check_file
-from mmscalablevit.engine.errors import disk_errors
-from mmscalablevit.engine.resume import find_checkpoint, use_checkpoint_seed, use_resumable_hooks
+from mmscalablevit import cli
+from mmscalablevit.checkpoint.reading import check_file
+from mmscalablevit.engine.checkpoint_hook import use_resumable_hooks
+from mmscalablevit.errors import disk_errors
+from mmscalablevit.work_dirs import find_checkpoint, use_checkpoint_seed
 
 # Tracker: backend of mmengine, the module it needs, what installs that.
 TRACKERS = {

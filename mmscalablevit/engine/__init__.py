@@ -1,8 +1,10 @@
 # Copyright (c) mmscalablevit contributors. All rights reserved.
+from ..checkpoint.reading import read_checkpoint, use_safe_loader
+from ..errors import CheckpointError
 from .amp import CPUAmpOptimWrapper
-from .checkpoint import CheckpointError, read_checkpoint, use_safe_loader
+from .checkpoint_hook import AtomicCheckpointHook
 from .layer_decay import LayerDecayOptimWrapperConstructor
-from .resume import AtomicCheckpointHook, IterSeedHook
+from .seed_hook import IterSeedHook
 
 __all__ = [
     'AtomicCheckpointHook',

@@ -1,6 +1,6 @@
 # Copyright (c) mmscalablevit contributors. All rights reserved.
 from .attention import InteractiveWindowSelfAttention, ScalableSelfAttention
-from .embedding import PatchEmbed, PositionEncodingGenerator
+from .layers import PatchEmbed, PositionEncodingGenerator
 from .scalablevit import ScalableViT
 
 __all__ = [

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from .embedding import conv_channels_last
-from .linear import Linear
+from .cpu_kernels import Linear
+from .layers import conv_channels_last
 
 # In bfloat16 without these units, torch's backward pass on CPU is up to seven times as slow as in
 # float32 (docs/performance.md). Older versions of torch cannot tell.

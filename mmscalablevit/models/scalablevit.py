@@ -3,11 +3,9 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Sequence
 from itertools import islice
-from numbers import Real
 
 import torch
 from mmcv.cnn.bricks import DropPath
@@ -17,44 +15,11 @@ from mmengine.registry import MODELS, WEIGHT_INITIALIZERS
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..checkpoint.released import load_backbone_checkpoint
+from .arch import ARCH_ZOO, NUM_STAGES, arch_settings, check_int, check_out_indices, check_rate
 from .attention import InteractiveWindowSelfAttention, ScalableSelfAttention
-from .checkpoint import load_backbone_checkpoint
-from .embedding import PatchEmbed, PositionEncodingGenerator
-from .mlp import MLP, add_mlp
-
-NUM_STAGES = 4
-
-_SMALL = dict(
-    embed_dims=(64, 128, 256, 512),
-    num_heads=(2, 4, 8, 16),
-    depths=(2, 2, 20, 2),
-    c_ratios=(1.25, 1.25, 1.25, 1),
-    sr_ratios=(8, 4, 2, 1),
-    window_sizes=(7, 7, 7, 7),
-    mlp_ratios=(4, 4, 4, 4),
-    ssa_kv='separate',
-)
-_BASE = dict(
-    _SMALL,
-    embed_dims=(96, 192, 384, 768),
-    num_heads=(3, 6, 12, 24),
-    depths=(2, 2, 14, 6),
-    c_ratios=(2, 1.25, 1.25, 1),
-)
-_LARGE = dict(
-    _SMALL,
-    embed_dims=(128, 256, 512, 1024),
-    num_heads=(4, 8, 16, 32),
-    depths=(2, 6, 12, 4),
-    c_ratios=(0.25, 0.5, 1, 1),
-)
-_SMALL_MERGED = dict(_SMALL, ssa_kv='merged')
-ARCH_ZOO = {
-    **dict.fromkeys(['s', 'small'], _SMALL),
-    **dict.fromkeys(['b', 'base'], _BASE),
-    **dict.fromkeys(['l', 'large'], _LARGE),
-    **dict.fromkeys(['s-merged', 'small-merged'], _SMALL_MERGED),
-}
+from .cpu_kernels import add_mlp
+from .layers import MLP, PatchEmbed, PositionEncodingGenerator
 
 
 class Block(nn.Module):
@@ -146,7 +111,7 @@ class ScalableViT(BaseModule):
             save memory. Defaults to False.
         init_cfg (dict | list[dict], optional): Initialization. None initializes from scratch as
             released; ``dict(type='Pretrained', checkpoint=FILE)`` loads a checkpoint of any layout
-            that :mod:`mmscalablevit.models.checkpoint` knows, strictly. Defaults to None.
+            that :mod:`mmscalablevit.checkpoint.released` knows, strictly. Defaults to None.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -178,9 +143,9 @@ class ScalableViT(BaseModule):
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
         super().__init__(init_cfg=init_cfg)
-        self.arch_settings = _arch_settings(arch, self.arch_zoo)
-        _check_int('in_channels', in_channels, 1)
-        _check_out_indices(out_indices)
+        self.arch_settings = arch_settings(arch, self.arch_zoo)
+        check_int('in_channels', in_channels, 1)
+        check_out_indices(out_indices)
         if stage_norm not in ('chained', 'output', None):
             raise ValueError(f"stage_norm must be 'chained', 'output' or None, got {stage_norm!r}")
         if final_norm and NUM_STAGES - 1 not in out_indices:
@@ -188,8 +153,8 @@ class ScalableViT(BaseModule):
         for name, rate in dict(
             drop_rate=drop_rate, attn_drop_rate=attn_drop_rate, drop_path_rate=drop_path_rate
         ).items():
-            _check_rate(name, rate)
-        _check_int('frozen_stages', frozen_stages, -1, NUM_STAGES)
+            check_rate(name, rate)
+        check_int('frozen_stages', frozen_stages, -1, NUM_STAGES)
         for name, flag in dict(final_norm=final_norm, norm_eval=norm_eval, with_cp=with_cp).items():
             if not isinstance(flag, bool):
                 raise TypeError(f'{name} must be True or False, got {flag!r}')
@@ -432,91 +397,3 @@ def _is_pretrained(init_cfg: dict) -> bool:
             f"init_cfg of type 'Pretrained' needs the key 'checkpoint', got {init_cfg}"
         )
     return pretrained
-
-
-def _arch_settings(arch: str | dict, zoo: dict[str, dict]) -> dict:
-    if isinstance(arch, str):
-        if arch.lower() not in zoo:
-            meant = difflib.get_close_matches(arch.lower(), zoo, n=1)
-            hint = f'; did you mean {meant[0]!r}?' if meant else ''
-            raise ValueError(f'arch must be a dict or one of {sorted(zoo)}, got {arch!r}{hint}')
-        return zoo[arch.lower()]
-    if not isinstance(arch, dict):
-        raise TypeError(f'arch must be a name or a dict, got {type(arch).__name__}')
-    keys = zoo['small'].keys()
-    missing, unknown = keys - arch.keys(), arch.keys() - keys
-    if missing or unknown:
-        raise ValueError(
-            f'arch as a dict needs exactly the keys {sorted(keys)}; '
-            f'missing: {sorted(missing)}, unknown: {sorted(unknown)}'
-        )
-    if arch['ssa_kv'] not in ('separate', 'merged'):
-        raise ValueError(f"arch['ssa_kv'] must be 'separate' or 'merged', got {arch['ssa_kv']!r}")
-    settings = {key: arch[key] for key in keys}
-    for key in keys - {'ssa_kv'}:
-        settings[key] = _stage_values(key, arch[key])
-    _check_widths(settings)
-    return settings
-
-
-def _stage_values(key: str, values: Sequence[float]) -> tuple[float, ...]:
-    kind, wanted = (Real, 'numbers') if key in ('c_ratios', 'mlp_ratios') else (int, 'integers')
-    valid = (
-        isinstance(values, (list, tuple))
-        and len(values) == NUM_STAGES
-        and all(
-            isinstance(v, kind) and not isinstance(v, bool) and 0 < v < math.inf for v in values
-        )
-    )
-    if not valid:
-        raise ValueError(f'arch[{key!r}] must be {NUM_STAGES} positive {wanted}, got {values!r}')
-    return tuple(values)
-
-
-def _check_widths(arch: dict) -> None:
-    for i in range(NUM_STAGES):
-        dims, heads, ratio = (arch[key][i] for key in ('embed_dims', 'num_heads', 'c_ratios'))
-        if dims % heads:
-            raise ValueError(
-                f"arch['num_heads'][{i}]={heads} does not divide arch['embed_dims'][{i}]={dims}"
-            )
-        if arch['sr_ratios'][i] == 1 and ratio != 1:
-            raise ValueError(
-                f"arch['c_ratios'][{i}] must be 1 where arch['sr_ratios'][{i}] is 1, got {ratio}"
-            )
-        scaled_dims = int(dims * ratio)
-        if scaled_dims % heads or scaled_dims == 0:
-            raise ValueError(
-                f"arch['num_heads'][{i}]={heads} does not divide SSA's width "
-                f'int(embed_dims * c_ratio) = int({dims} * {ratio}) = {scaled_dims}'
-            )
-        if int(dims * arch['mlp_ratios'][i]) == 0:
-            raise ValueError(
-                f"arch['mlp_ratios'][{i}]={arch['mlp_ratios'][i]} leaves the MLP no width"
-            )
-
-
-def _check_int(name: str, value: int, low: int, high: float = math.inf) -> None:
-    allowed = (
-        f'an integer of at least {low}' if high == math.inf else f'an integer of {low} to {high}'
-    )
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f'{name} must be {allowed}, got {value!r}')
-    if not low <= value <= high:
-        raise ValueError(f'{name} must be {allowed}, got {value}')
-
-
-def _check_rate(name: str, rate: float) -> None:
-    if not isinstance(rate, Real) or isinstance(rate, bool):
-        raise TypeError(f'{name} must be a number in [0, 1), got {rate!r}')
-    if not 0 <= rate < 1:
-        raise ValueError(f'{name} must be in [0, 1), got {rate}')
-
-
-def _check_out_indices(out_indices: Sequence[int]) -> None:
-    allowed = f'stages of 0 to {NUM_STAGES - 1} in ascending order, at least one'
-    if not isinstance(out_indices, (list, tuple)) or not all(type(i) is int for i in out_indices):
-        raise TypeError(f'out_indices must be a sequence of {allowed}, got {out_indices!r}')
-    in_range = all(0 <= i < NUM_STAGES for i in out_indices)
-    if not out_indices or not in_range or list(out_indices) != sorted(set(out_indices)):
-        raise ValueError(f'out_indices must be {allowed}, got {tuple(out_indices)}')

@@ -30,9 +30,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmscalablevit import ScalableViT, __version__
-from mmscalablevit.engine import cli
-from mmscalablevit.models.scalablevit import ARCH_ZOO
+from mmscalablevit import ScalableViT, __version__, cli
+from mmscalablevit.models.arch import ARCH_ZOO
 
 ROOT = Path(__file__).parents[2]
 OURS = ('small', 'base', 'large', 'small-merged')

@@ -9,8 +9,8 @@ from matplotlib import pyplot as plt
 from rich.console import Console
 from rich.progress import track
 
-from mmscalablevit.engine import benchmark, cli
-from mmscalablevit.engine.errors import UserError
+from mmscalablevit import cli, work_dirs
+from mmscalablevit.errors import UserError
 
 matplotlib.use('Agg')
 
@@ -18,11 +18,11 @@ matplotlib.use('Agg')
 FORMATS = ('.jpg', '.pdf', '.png', '.svg')
 
 
-def labels(runs: list[benchmark.Run]) -> list[str]:
+def labels(runs: list[work_dirs.Run]) -> list[str]:
     """Name the runs.
 
     Args:
-        runs (list[benchmark.Run]): The runs.
+        runs (list[work_dirs.Run]): The runs.
 
     Returns:
         list[str]: The names of their work directories, or whole paths where names repeat.
@@ -31,11 +31,11 @@ def labels(runs: list[benchmark.Run]) -> list[str]:
     return names if len({*names}) == len(names) else [str(run.work_dir) for run in runs]
 
 
-def train_curve(run: benchmark.Run, key: str) -> tuple[list[int], list[float]]:
+def train_curve(run: work_dirs.Run, key: str) -> tuple[list[int], list[float]]:
     """A logged training scalar.
 
     Args:
-        run (benchmark.Run): The run.
+        run (work_dirs.Run): The run.
         key (str): Its key in the log, such as 'loss'.
 
     Returns:
@@ -45,12 +45,12 @@ def train_curve(run: benchmark.Run, key: str) -> tuple[list[int], list[float]]:
     return steps, [run.train[step][key] for step in steps]
 
 
-def metric_curve(run: benchmark.Run, metric: str) -> tuple[list[float], list[float]]:
+def metric_curve(run: work_dirs.Run, metric: str) -> tuple[list[float], list[float]]:
     """A validation metric.
 
     Args:
-        run (benchmark.Run): The run.
-        metric (str): Its name in ``benchmark.METRICS``.
+        run (work_dirs.Run): The run.
+        metric (str): Its name in ``work_dirs.METRICS``.
 
     Returns:
         tuple[list[float], list[float]]: Iterations and values.
@@ -66,16 +66,16 @@ def metric_curve(run: benchmark.Run, metric: str) -> tuple[list[float], list[flo
     return [step * length for step in found], list(found.values())
 
 
-def draw(runs: list[benchmark.Run], path: Path) -> None:
+def draw(runs: list[work_dirs.Run], path: Path) -> None:
     """Draw a panel for the loss, the learning rate and every metric that a run has.
 
     Args:
-        runs (list[benchmark.Run]): The runs.
+        runs (list[work_dirs.Run]): The runs.
         path (Path): The picture to write.
     """
     panels = {'training loss': 'loss', 'learning rate': 'lr'}
     curves = {title: [train_curve(run, key) for run in runs] for title, key in panels.items()} | {
-        metric: [metric_curve(run, metric) for run in runs] for metric in benchmark.METRICS
+        metric: [metric_curve(run, metric) for run in runs] for metric in work_dirs.METRICS
     }
     curves = {title: lines for title, lines in curves.items() if any(steps for steps, _ in lines)}
 
@@ -108,7 +108,7 @@ def parse_args() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
         description='Plot loss, learning rate and validation metrics '
-        f'({", ".join(benchmark.METRICS)}) of trainings, finished or running, into one figure. '
+        f'({", ".join(work_dirs.METRICS)}) of trainings, finished or running, into one figure. '
         'A resumed training is one curve.',
         epilog='example: python tools/analysis_tools/plot_logs.py '
         'work_dirs/mask-rcnn_scalablevit-s_fpn_1x_coco work_dirs/mask-rcnn_swin-t_fpn_1x_coco '
@@ -132,9 +132,9 @@ def main() -> None:
     args = parse_args()
     if args.out.suffix.lower() not in FORMATS:
         raise UserError(f'--out must end in one of {", ".join(FORMATS)}, got {args.out}')
-    folders = benchmark.find_work_dirs(args.runs)
+    folders = work_dirs.find_work_dirs(args.runs)
     runs = [
-        benchmark.read_run(folder)
+        work_dirs.read_run(folder)
         for folder in track(folders, 'Reading logs', console=Console(stderr=True))
     ]
     empty = [str(run.work_dir) for run in runs if not run.train]

@@ -13,20 +13,15 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 # Imported before any toolbox: it makes a torchvision without its compiled half importable.
-from mmscalablevit import ScalableViT
-from mmscalablevit.engine import cli
-from mmscalablevit.engine.checkpoint import (
-    CheckpointError,
-    check_values,
-    find_weights,
-    read_checkpoint,
-)
+from mmscalablevit import ScalableViT, cli
+from mmscalablevit.checkpoint.reading import check_values, find_weights, read_checkpoint
+from mmscalablevit.checkpoint.released import load_backbone_checkpoint
+from mmscalablevit.errors import CheckpointError
 from mmscalablevit.models.attention import (
     InteractiveWindowSelfAttention,
     ScalableSelfAttention,
 )
-from mmscalablevit.models.checkpoint import load_backbone_checkpoint
-from mmscalablevit.models.embedding import conv_channels_last
+from mmscalablevit.models.layers import conv_channels_last
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt

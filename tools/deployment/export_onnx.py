@@ -24,9 +24,9 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 
 # Imported before any toolbox: it makes a torchvision without its compiled half importable.
-from mmscalablevit.engine import cli
-from mmscalablevit.engine.errors import config_errors
-from mmscalablevit.engine.loading import load_weights
+from mmscalablevit import cli
+from mmscalablevit.checkpoint.reading import load_weights
+from mmscalablevit.errors import config_errors
 
 # Maps of one row or column may be traced as a case of their own; from 64 pixels on there are none.
 MIN_SIZE, MAX_SIZE = 64, 8192

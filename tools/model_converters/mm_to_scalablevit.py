@@ -6,10 +6,9 @@ from pathlib import Path
 
 import torch
 
-from mmscalablevit import ScalableViT
-from mmscalablevit.engine import cli
-from mmscalablevit.engine.checkpoint import check_values
-from mmscalablevit.models.checkpoint import (
+from mmscalablevit import ScalableViT, cli
+from mmscalablevit.checkpoint.reading import check_values
+from mmscalablevit.checkpoint.released import (
     detection_name,
     module_names,
     read_weights,

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
-from mmscalablevit.engine import CheckpointError, cli, read_checkpoint
-from mmscalablevit.engine.checkpoint import check_values, find_weights, shorten
+from mmscalablevit import cli
+from mmscalablevit.checkpoint.reading import check_values, find_weights, read_checkpoint
+from mmscalablevit.errors import CheckpointError, shorten
 
 
 def parse_args() -> argparse.Namespace:

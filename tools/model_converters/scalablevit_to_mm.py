@@ -6,15 +6,15 @@ from pathlib import Path
 
 import torch
 
-from mmscalablevit import ScalableViT
-from mmscalablevit.engine import CheckpointError, cli
-from mmscalablevit.engine.checkpoint import check_values
-from mmscalablevit.models.checkpoint import (
+from mmscalablevit import ScalableViT, cli
+from mmscalablevit.checkpoint.reading import check_values
+from mmscalablevit.checkpoint.released import (
     module_names,
     read_weights,
     recognize,
     split_backbone,
 )
+from mmscalablevit.errors import CheckpointError
 
 # The 4096-wide head of the released models, and the plain one.
 HEADS = (

@@ -1,5 +1,5 @@
 # Copyright (c) mmscalablevit contributors. All rights reserved.
-# The demo's data in ADE20K's layout, written by tools/dataset_converters/shapes.py.
+# The demo's data in ADE20K's layout, written by demo/shapes.py.
 dataset_type = 'BaseSegDataset'
 data_root = 'data/shapes/'
 crop_size = (128, 128)

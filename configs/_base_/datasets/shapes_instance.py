@@ -1,5 +1,5 @@
 # Copyright (c) mmscalablevit contributors. All rights reserved.
-# The demo's data in COCO's layout, written by tools/dataset_converters/shapes.py.
+# The demo's data in COCO's layout, written by demo/shapes.py.
 dataset_type = 'CocoDataset'
 data_root = 'data/shapes/'
 metainfo = dict(

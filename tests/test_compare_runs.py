@@ -17,11 +17,11 @@ import pytest
 from jobs import draw_shapes, job_environment
 from mmengine.config import Config
 
-from mmscalablevit.engine import benchmark
-from mmscalablevit.engine.errors import UserError
+from mmscalablevit import work_dirs as logs
+from mmscalablevit.errors import UserError
 
 ROOT = Path(__file__).parents[1]
-TOOL = ROOT / 'tools' / 'analysis_tools' / 'benchmark_results.py'
+TOOL = ROOT / 'tools' / 'analysis_tools' / 'compare_runs.py'
 DETECTOR = 'mask-rcnn_scalablevit-s_fpn_1x_coco'
 SWIN = 'mask-rcnn_swin-t_fpn_1x_coco'
 TWINS = 'mask-rcnn_twins-svt-s_fpn_1x_coco'
@@ -154,11 +154,11 @@ def finished_detector(work_dir, best=(0.45, 0.41), config=None, name=DETECTOR, *
 
 
 def markdown_of(tool, rows):
-    return tool.format_markdown(rows, benchmark.read_published(tool.CONFIGS))
+    return tool.format_markdown(rows, logs.read_published(tool.CONFIGS))
 
 
 def rows_of(tool, *work_dirs):
-    return tool.read_rows(benchmark.find_work_dirs(list(work_dirs)))[0]
+    return tool.read_rows(logs.find_work_dirs(list(work_dirs)))[0]
 
 
 def test_finished_training_is_held_against_the_published_result(tool, tmp_path):
@@ -204,7 +204,7 @@ def test_resumed_run_overrides_what_it_repeats(tool, tmp_path):
     session(run, second, resumed, name=DETECTOR, stamp=stamp, gpus=4, resumed=(1, 100))
     box, _ = rows_of(tool, run)
 
-    read = benchmark.read_run(run)
+    read = logs.read_run(run)
     assert sorted(read.train) == [50, 100, 140, 200, 300]
     values = [evaluation.metrics['box AP'] for evaluation in read.evaluations('box AP')]
     assert values == pytest.approx([10, 20, 30])
@@ -267,7 +267,7 @@ def test_validations_logged_without_their_iteration(tmp_path):
     session(tmp_path / 'run', records, segmentor_config(), name=SEGMENTOR)
 
     # Every 40 iterations, and at the last of the 100.
-    assert sorted(benchmark.read_run(tmp_path / 'run').validations) == [40, 80, 100]
+    assert sorted(logs.read_run(tmp_path / 'run').validations) == [40, 80, 100]
 
 
 def test_metric_that_is_not_a_number_is_no_result(tool, tmp_path):
@@ -544,11 +544,11 @@ def test_broken_metafile(tmp_path):
     for text in ('Models: [', 'Collections: []', 'Models:\n  - Name: only\n'):
         metafile.write_text(text)
         with pytest.raises(UserError, match=f'{re.escape(str(metafile))} cannot be read'):
-            benchmark.read_published(tmp_path)
+            logs.read_published(tmp_path)
 
 
 def test_metafiles_of_this_repository():
-    models = benchmark.read_published(ROOT / 'configs')
+    models = logs.read_published(ROOT / 'configs')
 
     assert models[DETECTOR].metrics == {'box AP': 45.8, 'mask AP': 41.7}
     assert models[SEGMENTOR].metrics == {'mIoU': 48.5, 'mIoU(ms+flip)': 49.4}
@@ -560,7 +560,7 @@ def test_help_has_an_example(monkeypatch, capsys):
     monkeypatch.setattr(sys, 'argv', [str(TOOL), '--help'])
     with pytest.raises(SystemExit):
         runpy.run_path(str(TOOL), run_name='__main__')
-    assert 'example: python tools/analysis_tools/benchmark_results.py work_dirs/' in (
+    assert 'example: python tools/analysis_tools/compare_runs.py work_dirs/' in (
         ' '.join(capsys.readouterr().out.split())
     )
 

@@ -34,7 +34,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 # Imported before any toolbox: it makes a torchvision without its compiled half importable.
-from mmscalablevit.engine import cli
+from mmscalablevit import cli
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
 FLOPS_TOLERANCE = 0.01
@@ -207,7 +207,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description='Print the published and the computed parameters and FLOPs of every published '
         'model, beside Swin-T and Twins-SVT-S. Needs mmpretrain, mmdet and mmseg, no weights.',
-        epilog='example: python tools/analysis_tools/paper_table.py --markdown',
+        epilog='example: python tools/analysis_tools/get_flops.py --markdown',
     )
     group = parser.add_mutually_exclusive_group()
     group.add_argument('--markdown', action='store_true', help='print a Markdown table')

@@ -26,18 +26,15 @@ from mmengine.dist import barrier, is_main_process
 from mmengine.logging import HistoryBuffer, print_log
 from mmengine.runner import CheckpointLoader
 from mmengine.utils import mkdir_or_exist
-from torch import Tensor
+from torch import Tensor, nn
 
-_SHOWN_NAMES = 4
+from ..errors import CheckpointError, one_line, shorten
+
 # What PyTorch itself puts beside the entries of a state dict.
 _ATTRIBUTES = {'_metadata'}
 # Attribute of a folder in zip archives, as DOS had it.
 _FOLDER = 0x10
 _PRECISIONS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint file that cannot be read, or does not fit; the message names file and reason."""
 
 
 def read_checkpoint(filename: str, map_location: str | torch.device | None = None) -> dict:
@@ -104,7 +101,7 @@ def check_file(filename: str) -> None:
     Example:
         >>> check_file('/tmp')
         Traceback (most recent call last):
-        mmscalablevit.engine.checkpoint.CheckpointError: checkpoint /tmp is a directory or ...
+        mmscalablevit.checkpoint.errors.CheckpointError: checkpoint /tmp is a directory or ...
     """
     try:
         # Before it is opened: that would wait for the other end of a pipe.
@@ -142,7 +139,7 @@ def find_weights(
         ['bias']
         >>> find_weights(dict(state_dict=[1, 2]), 'a.pth')
         Traceback (most recent call last):
-        mmscalablevit.engine.checkpoint.CheckpointError: checkpoint a.pth holds entries that are ...
+        mmscalablevit.checkpoint.errors.CheckpointError: checkpoint a.pth holds entries that are ...
     """
     found = [checkpoint[key] for key in wrappers if isinstance(checkpoint.get(key), dict)]
     weights = found[0] if found else checkpoint
@@ -185,7 +182,7 @@ def check_values(
     Example:
         >>> check_values({'bias': torch.tensor([torch.nan])}, 'a.pth')
         Traceback (most recent call last):
-        mmscalablevit.engine.checkpoint.CheckpointError: checkpoint a.pth holds NaN or infinite ...
+        mmscalablevit.checkpoint.errors.CheckpointError: checkpoint a.pth holds NaN or infinite ...
     """
     for name, tensor in weights.items():
         if parameters is None and tensor.dtype not in _PRECISIONS:
@@ -262,44 +259,6 @@ def download(url: str) -> str:
     # Processes of other machines do not share the main process's disk.
     _fetch(url, path, digits and digits[1])
     return path
-
-
-def one_line(text: object, width: int = 100) -> str:
-    r"""Text of a foreign file as a message can show it: one line, short, without control codes.
-
-    Args:
-        text (object): The text, or what is to be shown as text.
-        width (int): Longest result. Defaults to 100.
-
-    Returns:
-        str: The text.
-
-    Example:
-        >>> one_line('weight\n' * 100, 20)
-        'weight weight w ...'
-    """
-    # Cut first: the text may be of any length.
-    words = ' '.join(str(text)[: 4 * width].split())
-    shown = ''.join(c if c.isprintable() else '?' for c in words)
-    return shown if len(shown) <= width else f'{shown[: width - 4].rstrip()} ...'
-
-
-def shorten(names: list) -> str:
-    """List the first of many names.
-
-    Args:
-        names (list): The names.
-
-    Returns:
-        str: The first four, and how many more there are.
-
-    Example:
-        >>> shorten(['a', 'b', 'c', 'd', 'e', 'f'])
-        'a, b, c, d, ... 2 more'
-    """
-    shown = ', '.join(map(one_line, names[:_SHOWN_NAMES]))
-    more = len(names) - _SHOWN_NAMES
-    return f'{shown}, ... {more} more' if more > 0 else shown
 
 
 def _read_pickled(filename: str, map_location: str | torch.device | None) -> object:
@@ -465,3 +424,47 @@ def _statistics_method(owner: type, name: str) -> Callable:
     if owner is not HistoryBuffer or name.startswith('_'):
         raise pickle.UnpicklingError(f'GLOBAL builtins.getattr of {name!r} is not allowed')
     return getattr(owner, name)
+
+
+def load_weights(model: nn.Module, filename: str, config: str) -> dict:
+    """Load a checkpoint that must hold exactly the model's parameters.
+
+    Args:
+        model (nn.Module): The model.
+        filename (str): The checkpoint, a local file.
+        config (str): The model's config, for the message.
+
+    Returns:
+        dict: What the checkpoint holds.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        CheckpointError: If it cannot be read, does not fit, is of another precision, or holds NaN
+            or infinite values; the message names what differs.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1)
+        >>> torch.save(model.state_dict(), '/tmp/linear.pth')
+        >>> load_weights(model, '/tmp/linear.pth', 'my_config.py').keys()
+        odict_keys(['weight', 'bias'])
+    """
+    checkpoint = read_checkpoint(filename, map_location='cpu')
+    weights = find_weights(checkpoint, filename)
+    check_values(weights, filename, model.state_dict())
+    try:
+        model.load_state_dict(weights)
+    # The file holds versions of the layers, too, on which their code relies.
+    except Exception as error:
+        raise _misfit(filename, config, error) from error
+    return checkpoint
+
+
+def _misfit(filename: str, config: str, error: Exception) -> CheckpointError:
+    # The first line only says that model and checkpoint differ.
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    lines = lines[1:] or lines
+    found = '; '.join(one_line(line, 120) for line in lines[:3])
+    return CheckpointError(
+        f'checkpoint {filename} does not fit the model of {config}: {found} '
+        '(weights of the backbone alone belong to model.backbone.init_cfg)'
+    )

@@ -23,8 +23,8 @@ from mmengine.config import Config, DictAction
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from mmscalablevit.engine import benchmark, cli
-from mmscalablevit.engine.errors import UserError
+from mmscalablevit import cli, work_dirs
+from mmscalablevit.errors import UserError
 
 TOOLS = Path(__file__).resolve().parent
 CONFIGS = TOOLS.parent / 'configs'
@@ -145,7 +145,7 @@ def _group(name: str, paths: list[Path]) -> list[Path]:
         return dense
     if name == 'baselines':
         return [path for path in dense if 'scalablevit' not in path.stem]
-    models = benchmark.read_published(CONFIGS)
+    models = work_dirs.read_published(CONFIGS)
     return [
         p for p in dense if 'scalablevit' in p.stem and p.stem in models and models[p.stem].metrics
     ]
@@ -181,14 +181,14 @@ def plan(experiment: Experiment, args: argparse.Namespace) -> Step:
     if not total:
         raise UserError(f'{experiment.config} has no train_cfg.max_epochs or max_iters')
     unit = 'epoch' if 'max_epochs' in train_cfg else 'iter'
-    checkpoint, step = benchmark.find_checkpoint(experiment.work_dir) or (None, 0)
+    checkpoint, step = work_dirs.newest_checkpoint(experiment.work_dir) or (None, 0)
     if checkpoint is None:
         return _train_step('start', experiment, args)
     if step < total:
         state = f'resume at {unit} {step} of {total}'
         return _train_step(state, experiment, args, '--resume', str(checkpoint))
 
-    run = benchmark.read_run(experiment.work_dir)
+    run = work_dirs.read_run(experiment.work_dir)
     if step not in run.validations:
         return _test_step('evaluate', experiment, checkpoint, args)
     augmented = args.tta and cfg.get('default_scope') == 'mmseg' and 'tta_pipeline' in cfg
@@ -281,7 +281,7 @@ class Queue:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.close()
-            self._fail(experiment, f'{experiment.work_dir} is in use by another benchmark_all.py')
+            self._fail(experiment, f'{experiment.work_dir} is in use by another train_all.py')
             return
         self._start(experiment, lock, before=None)
 
@@ -336,7 +336,7 @@ class Queue:
 
     def _show(self, job: Job) -> None:
         try:
-            run = benchmark.read_run(job.experiment.work_dir)
+            run = work_dirs.read_run(job.experiment.work_dir)
         except (UserError, OSError):
             # Just being written.
             return
@@ -413,7 +413,7 @@ def report(experiments: list[Experiment], work_root: Path) -> None:
     """
     trained = [str(e.work_dir) for e in experiments if any(e.work_dir.glob('*/vis_data'))]
     if trained:
-        script = TOOLS / 'analysis_tools' / 'benchmark_results.py'
+        script = TOOLS / 'analysis_tools' / 'compare_runs.py'
         out = ['--out', str(work_root / 'benchmark')]
         if subprocess.run([sys.executable, str(script), *trained, *out]).returncode:
             raise UserError('the results could not be reported; see above')
@@ -425,7 +425,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description='Train and evaluate a chosen set of experiments: skip what is finished, resume '
         'what was cut off, start the rest, and hold the results against the published ones.',
-        epilog="example: python tools/benchmark_all.py 'mask-rcnn_*_1x_coco' "
+        epilog="example: python tools/train_all.py 'mask-rcnn_*_1x_coco' "
         "'segmentation/*upernet*' --gpus 8 --amp --tta",
     )
     parser.add_argument(

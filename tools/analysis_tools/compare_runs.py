@@ -20,9 +20,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from mmscalablevit.engine import benchmark, cli
-from mmscalablevit.engine.benchmark import METRICS, Published, Run
-from mmscalablevit.engine.errors import UserError
+from mmscalablevit import cli
+from mmscalablevit import work_dirs as logs
+from mmscalablevit.errors import UserError
+from mmscalablevit.work_dirs import METRICS, Published, Run
 
 matplotlib.use('Agg')
 
@@ -354,7 +355,7 @@ def read_rows(work_dirs: list[Path]) -> tuple[list[Row], list[Run]]:
         tuple[list[Row], list[Run]]: The rows, ours before the baselines of the same experiment,
         and the runs. A work directory that cannot be read has a row that says why, and no run.
     """
-    models = benchmark.read_published(CONFIGS)
+    models = logs.read_published(CONFIGS)
     rows, runs = [], []
     console = Console(stderr=True)
     hidden = not console.is_terminal
@@ -362,7 +363,7 @@ def read_rows(work_dirs: list[Path]) -> tuple[list[Row], list[Run]]:
         work_dirs, 'Reading logs', console=console, transient=True, disable=hidden
     ):
         try:
-            run = benchmark.read_run(work_dir)
+            run = logs.read_run(work_dir)
         except UserError as error:
             note = ' '.join(str(error).split())
             rows.append(Row(work_dir.name, str(work_dir), state='unreadable', notes=[note]))
@@ -634,7 +635,7 @@ def parse_args() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
         description='Hold trainings, finished or running, against the published results.',
-        epilog='example: python tools/analysis_tools/benchmark_results.py '
+        epilog='example: python tools/analysis_tools/compare_runs.py '
         'work_dirs/mask-rcnn_scalablevit-s_fpn_1x_coco '
         'work_dirs/mask-rcnn_swin-t_fpn_1x_coco --out work_dirs/benchmark',
     )
@@ -657,8 +658,8 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Print the table and, if asked to, write it and the plot."""
     args = parse_args()
-    models = benchmark.read_published(CONFIGS)
-    rows, runs = read_rows(benchmark.find_work_dirs(args.work_dirs))
+    models = logs.read_published(CONFIGS)
+    rows, runs = read_rows(logs.find_work_dirs(args.work_dirs))
     print_table(rows, models)
     if args.out:
         write(rows, runs, models, args.out)

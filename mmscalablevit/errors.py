@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from mmengine.config import Config
 from mmengine.logging import print_log
 
-from .checkpoint import CheckpointError, one_line
-
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 # What building from a wrong config raises, or the first iteration of what was built.
 _BUILD_ERRORS = (
@@ -23,6 +21,53 @@ _BUILD_ERRORS = (
     TypeError,
     ValueError,
 )
+_SHOWN_NAMES = 4
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint file that cannot be read, or does not fit; the message names file and reason."""
+
+
+def one_line(text: object, width: int = 100) -> str:
+    r"""Text of a foreign file as a message can show it: one line, short, without control codes.
+
+    Args:
+        text (object): The text, or what is to be shown as text.
+        width (int): Longest result. Defaults to 100.
+
+    Returns:
+        str: The text.
+
+    Example:
+        >>> one_line('weight\n' * 100, 20)
+        'weight weight w ...'
+    """
+    # Cut first: the text may be of any length.
+    words = ' '.join(str(text)[: 4 * width].split())
+    shown = ''.join(c if c.isprintable() else '?' for c in words)
+    return shown if len(shown) <= width else f'{shown[: width - 4].rstrip()} ...'
+
+
+def shorten(names: list) -> str:
+    """List the first of many names.
+
+    Args:
+        names (list): The names.
+
+    Returns:
+        str: The first four, and how many more there are.
+
+    Example:
+        >>> shorten(['a', 'b', 'c', 'd', 'e', 'f'])
+        'a, b, c, d, ... 2 more'
+    """
+    shown = ', '.join(map(one_line, names[:_SHOWN_NAMES]))
+    more = len(names) - _SHOWN_NAMES
+    return f'{shown}, ... {more} more' if more > 0 else shown
+
+
+class DataError(Exception):
+    """A fault in an image or its annotation; the message is one sentence that names the file."""
 
 
 class UserError(Exception):
@@ -44,7 +89,7 @@ def config_errors(cfg: Config, fails: str = 'cannot be built') -> Iterator[None]
         >>> with config_errors(Config(filename='my_config.py')):
         ...     raise TypeError("unexpected keyword argument 'depht'")
         Traceback (most recent call last):
-        mmscalablevit.engine.errors.UserError: config my_config.py cannot be built: TypeError: ...
+        mmscalablevit.errors.UserError: config my_config.py cannot be built: TypeError: ...
     """
     try:
         yield
@@ -81,7 +126,7 @@ def disk_errors(folder: str) -> Iterator[None]:
         >>> with disk_errors('work_dirs'), open('/dev/full', 'w') as file:
         ...     file.write('text')
         Traceback (most recent call last):
-        mmscalablevit.engine.errors.UserError: cannot write to work_dirs: No space left ...
+        mmscalablevit.errors.UserError: cannot write to work_dirs: No space left ...
     """
     # Else each line that does not fit into the log file prints a traceback.
     raise_exceptions, logging.raiseExceptions = logging.raiseExceptions, False

@@ -18,10 +18,14 @@ from mmengine.structures import InstanceData, PixelData
 from rich.progress import track
 
 # Imported before any toolbox: it registers the backbone.
-from mmscalablevit.engine import cli
-from mmscalablevit.engine.checkpoint import find_weights, read_checkpoint, use_safe_loader
-from mmscalablevit.engine.errors import UserError
-from mmscalablevit.engine.loading import load_weights
+from mmscalablevit import cli
+from mmscalablevit.checkpoint.reading import (
+    find_weights,
+    load_weights,
+    read_checkpoint,
+    use_safe_loader,
+)
+from mmscalablevit.errors import UserError
 
 matplotlib.use('Agg')
 
@@ -383,7 +387,7 @@ def find_images(data: Path, count: int) -> list[Path]:
     """The first validation images of the demo's data set.
 
     Args:
-        data (Path): The folder that ``tools/dataset_converters/shapes.py`` wrote.
+        data (Path): The folder that ``demo/shapes.py`` wrote.
         count (int): How many to take.
 
     Returns:
@@ -396,7 +400,7 @@ def find_images(data: Path, count: int) -> list[Path]:
     if len(images) < count:
         raise UserError(
             f'{data}/images/validation holds {len(images)} images of the {count} to '
-            'show; write them with tools/dataset_converters/shapes.py'
+            'show; write them with demo/shapes.py'
         )
     return images
 
@@ -595,7 +599,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description='Report on the two trainings of the demo: curves, predictions beside the '
         'truth, and one table of the last evaluations.',
-        epilog='example: python tools/analysis_tools/demo_report.py --det-dir work_dirs/demo/det '
+        epilog='example: python demo/report.py --det-dir work_dirs/demo/det '
         '--seg-dir work_dirs/demo/seg --data data/shapes --out-dir work_dirs/demo/report',
     )
     parser.add_argument('--det-dir', type=Path, required=True, help="detector's work directory")
@@ -604,7 +608,7 @@ def parse_args() -> argparse.Namespace:
         '--data',
         type=Path,
         required=True,
-        help='folder that tools/dataset_converters/shapes.py wrote',
+        help='folder that demo/shapes.py wrote',
     )
     parser.add_argument('--out-dir', type=Path, required=True, help='folder to write to')
     parser.add_argument(

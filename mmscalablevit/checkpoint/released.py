@@ -23,15 +23,8 @@ from mmengine.fileio import get_local_path
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from ..engine.checkpoint import (
-    CheckpointError,
-    check_values,
-    download,
-    find_weights,
-    one_line,
-    read_checkpoint,
-    shorten,
-)
+from ..errors import CheckpointError, one_line, shorten
+from .reading import check_values, download, find_weights, read_checkpoint
 
 # In this order: a training state may hold several.
 _WRAPPERS = ('state_dict', 'model', 'model_ema')

@@ -12,13 +12,11 @@ from mmengine.dataset import BaseDataset, Compose
 from mmengine.logging import print_log
 from PIL import Image
 
+from ..errors import DataError
+
 # What a whole file begins and ends with; OpenCV fills the missing part of an image with gray.
 _FORMATS = {b'\xff\xd8': b'\xff\xd9', b'\x89PNG': b'IEND\xaeB`\x82'}
 _NAMED = 5
-
-
-class DataError(Exception):
-    """A fault in an image or its annotation; the message is one sentence that names the file."""
 
 
 class CheckedPipeline(Compose):
@@ -34,7 +32,7 @@ class CheckedPipeline(Compose):
         >>> pipeline = CheckedPipeline([lambda sample: sample['no such key']], {})
         >>> pipeline(dict(img_path='1.jpg'))
         Traceback (most recent call last):
-        mmscalablevit.engine.data.DataError: image 1.jpg: function fails: KeyError: 'no such key'
+        mmscalablevit.errors.DataError: image 1.jpg: function fails: KeyError: 'no such key'
     """
 
     def __init__(
@@ -168,7 +166,7 @@ class _ImageCheck:
             print_log(
                 f'{fault}, unless they were drawn on the turned photograph; if they were drawn on '
                 "it as stored, set color_type='color_ignore_orientation' in LoadImageFromFile "
-                '(said once; tools/dataset_converters/check_data.py lists all such images)',
+                '(said once; tools/check_data.py lists all such images)',
                 logger='current',
                 level=logging.WARNING,
             )

@@ -7,6 +7,8 @@ transposition, and a convolution sees the same memory as an NCHW tensor in chann
 
 from torch import Tensor, nn
 
+from .cpu_kernels import Linear
+
 
 class PatchEmbed(nn.Module):
     """Overlapping convolutional patch embedding (ScalableViT, section "Overall Architecture").
@@ -85,3 +87,29 @@ def conv_channels_last(conv: nn.Module, x: Tensor) -> Tensor:
         torch.Size([1, 4, 5, 8])
     """
     return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class MLP(nn.Module):
+    """Two linear layers with an exact GELU between them.
+
+    Args:
+        embed_dims (int): Channels in and out.
+        hidden_dims (int): Channels between the layers.
+        drop (float): Dropout rate after each layer. Defaults to 0.
+
+    Example:
+        >>> import torch
+        >>> MLP(64, 256)(torch.rand(1, 7, 9, 64)).shape
+        torch.Size([1, 7, 9, 64])
+    """
+
+    def __init__(self, embed_dims: int, hidden_dims: int, drop: float = 0.0) -> None:
+        super().__init__()
+        self.fc1 = Linear(embed_dims, hidden_dims)
+        self.act = nn.GELU()
+        self.fc2 = Linear(hidden_dims, embed_dims)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform the last dimension of ``x``; the shape stays."""
+        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))

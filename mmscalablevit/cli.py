@@ -2,33 +2,32 @@
 """What ``tools/train.py`` and ``tools/test.py`` share: arguments, config, checks, runner."""
 
 import argparse
-import functools
 import importlib
 import inspect
 import logging
 import os
 import os.path as osp
 import sys
-import threading
-import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.device import get_device
-from mmengine.dist import broadcast
-from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.registry import RUNNERS
-from mmengine.runner import BaseLoop, Runner
-from torch.utils.data import DataLoader
+from mmengine.runner import Runner
 
-from .checkpoint import CheckpointError, use_safe_loader
-from .checks import class_faults, config_faults, data_set_faults, hook_faults
-from .data import DataError, check_pipelines, data_sets
-from .errors import UserError, config_errors
-from .loading import guard_loading
+from .checkpoint.reading import use_safe_loader
+from .checks.config import class_faults, config_faults, data_set_faults, hook_faults
+from .checks.pipeline import check_pipelines, data_sets
+from .engine.runner import (
+    _end_workers_with_job,
+    _explain_first_iteration,
+    _SameBuffersHook,
+    guard_loading,
+)
+from .errors import CheckpointError, DataError, UserError, config_errors
 
 _DISTRIBUTIONS = {
     'mmdet': 'onedl-mmdetection',
@@ -199,7 +198,7 @@ def check_data(cfg: Config, loaders: tuple[str, ...]) -> None:
         >>> check_data(Config(dict(test_dataloader=dict(dataset=dict(
         ...     data_root='data/coco', ann_file='val.json')))), ('test_dataloader',))
         Traceback (most recent call last):
-        mmscalablevit.engine.cli.UserError: test_dataloader: data/coco/val.json does not exist; ...
+        mmscalablevit.cli.UserError: test_dataloader: data/coco/val.json does not exist; ...
     """
     for loader in loaders:
         for path in _data_paths((cfg.get(loader) or {}).get('dataset') or {}):
@@ -215,8 +214,7 @@ def check_data(cfg: Config, loaders: tuple[str, ...]) -> None:
             if faults:
                 more = f' (and {len(faults) - 1} more faults)' if len(faults) > 1 else ''
                 raise UserError(
-                    f'{loader}: {faults[0]}{more}; '
-                    'tools/dataset_converters/check_data.py lists all faults of the data'
+                    f'{loader}: {faults[0]}{more}; tools/check_data.py lists all faults of the data'
                 )
 
 
@@ -353,45 +351,3 @@ def _data_paths(dataset: ConfigDict) -> Iterator[str]:
 def _refuse(cfg: Config, faults: Iterable[str]) -> None:
     for fault in faults:
         raise UserError(f'config {cfg.filename}: {fault}')
-
-
-def _explain_first_iteration(cfg: Config, loop: BaseLoop) -> None:
-    # What of a config does not fit together, such as numbers of channels, shows there.
-    run_iter = loop.run_iter
-
-    def run_first(*args, **kwargs) -> None:
-        loop.run_iter = run_iter
-        with config_errors(cfg, 'fails in its first iteration'):
-            run_iter(*args, **kwargs)
-
-    loop.run_iter = run_first
-
-
-def _end_workers_with_job(loader: DataLoader) -> None:
-    """Make the workers of a data loader end with its process, also where that is killed.
-
-    torch's workers notice it, but then wait to hand over what they loaded, which nobody takes.
-    """
-    loader.worker_init_fn = functools.partial(_start_worker, loader.worker_init_fn)
-
-
-def _start_worker(init: Callable[[int], None] | None, worker_id: int) -> None:
-    def end_with(parent: int) -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=end_with, args=[os.getppid()], daemon=True).start()
-    if init is not None:
-        init(worker_id)
-
-
-class _SameBuffersHook(Hook):
-    """Lets every rank validate the model that rank 0 saves.
-
-    Without SyncBN each rank has its own statistics in the buffers of BN.
-    """
-
-    def before_val_epoch(self, runner: Runner) -> None:
-        for buffer in runner.model.buffers():
-            broadcast(buffer)

@@ -2,6 +2,7 @@
 """Linear layers of the network, and where they run in a faster way of the same result."""
 
 import platform
+from collections.abc import Callable
 from typing import Optional
 
 import torch
@@ -123,3 +124,72 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _compiled_linear.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+# 4 MiB in float32: measured on cores with 1 MiB of L2 cache; half and double are no faster.
+_VALUES_IN_CACHE = 2**20
+
+
+def add_mlp(x: Tensor, norm: nn.LayerNorm, mlp: nn.Module) -> Tensor:
+    """Compute ``x + mlp(norm(x))`` for inference, on CPUs in slices that stay in the cache.
+
+    Args:
+        x (Tensor): Map of shape (B, H, W, C). May be overwritten.
+        norm (nn.LayerNorm): The norm before the MLP.
+        mlp (MLP): The MLP, in eval mode.
+
+    Returns:
+        Tensor: Map of shape (B, H, W, C).
+
+    Example:
+        >>> import torch
+        >>> with torch.no_grad():
+        ...     out = add_mlp(torch.rand(1, 7, 9, 64), torch.nn.LayerNorm(64), MLP(64, 256))
+        >>> out.shape
+        torch.Size([1, 7, 9, 64])
+    """
+    fc1, fc2 = mlp.fc1, mlp.fc2
+    if runs_eagerly_on_cpu(x):
+        x = x.contiguous()
+        return _add_in_slices(x, lambda rows: mlp(norm(rows)), fc1.out_features, out=x)
+    # The operator takes their weights, so layers that somebody put in their place stay as they are.
+    if is_compiling() and type(fc1) is type(fc2) is Linear and fc1.may_be_convolution(x):
+        return _compiled_add_mlp(
+            x, norm.weight, norm.bias, norm.eps, fc1.weight, fc1.bias, fc2.weight, fc2.bias
+        )
+    return x + mlp(norm(x))
+
+
+def _add_in_slices(
+    x: Tensor, branch: Callable[[Tensor], Tensor], width: int, out: Tensor
+) -> Tensor:
+    num_rows = max(1, _VALUES_IN_CACHE // width)
+    slices = (t.view(-1, t.shape[-1]).split(num_rows) for t in (x, out))
+    for rows, out_rows in zip(*slices, strict=True):
+        torch.add(rows, branch(rows), out=out_rows)
+    return out
+
+
+@torch.library.custom_op('mmscalablevit::add_mlp', mutates_args=(), device_types='cpu')
+def _compiled_add_mlp(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+) -> Tensor:
+    def branch(rows: Tensor) -> Tensor:
+        rows = F.layer_norm(rows, rows.shape[-1:], norm_weight, norm_bias, eps)
+        hidden = F.gelu(fastest_linear(rows, weight1, bias1))
+        return fastest_linear(hidden, weight2, bias2)
+
+    x = x.contiguous()
+    return _add_in_slices(x, branch, weight1.shape[0], out=torch.empty_like(x))
+
+
+@_compiled_add_mlp.register_fake
+def _(x: Tensor, *args) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -17,7 +17,7 @@ for toolbox in ('mmpretrain', 'mmdet', 'mmseg'):
     pytest.importorskip(toolbox)
 
 ROOT = Path(__file__).parents[1]
-TOOL = ROOT / 'tools' / 'analysis_tools' / 'paper_table.py'
+TOOL = ROOT / 'tools' / 'analysis_tools' / 'get_flops.py'
 # Task, size, schedule, millions of parameters, GFLOPs: the paper and the authors' README.
 PUBLISHED = [
     ('ImageNet-1K', 'S', '300e', '32.4', 4.2),

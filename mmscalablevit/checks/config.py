@@ -15,7 +15,7 @@ from mmengine.logging import print_log
 from mmengine.registry import DATASETS, OPTIMIZERS
 from mmengine.runner import Runner
 
-from .annotations import Findings, check_coco_file, is_plain_coco
+from .coco import Findings, check_coco_file, is_plain_coco
 
 # What belongs together, by the loop that needs it.
 _PARTS = dict(
@@ -120,7 +120,7 @@ def data_set_faults(cfg: Config, loader: str, leaf: ConfigDict) -> Iterator[str]
     if osp.getsize(dataset.ann_file) > _CHECKED_BYTES:
         print_log(
             f'{loader}: {dataset.ann_file} is too large to be checked at every start; '
-            'tools/dataset_converters/check_data.py checks it',
+            'tools/check_data.py checks it',
             logger='current',
         )
         return
@@ -157,7 +157,7 @@ def class_faults(cfg: Config, loader: str, dataset: BaseDataset) -> Iterator[str
         yield (
             f'{loader}: {len(dataset.cat_ids)} of the {len(classes)} classes of the config are '
             f'among the categories of {dataset.ann_file}; '
-            'tools/dataset_converters/check_data.py names the others'
+            'tools/check_data.py names the others'
         )
     names = ', '.join(map(str, classes[:_NAMED])) + (', ...' if len(classes) > _NAMED else '')
     for key, value in head_classes(cfg.get('model')):

@@ -423,7 +423,7 @@ def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
         description='Write a small data set of drawn shapes, annotated as COCO and as ADE20K.',
-        epilog='example: python tools/dataset_converters/shapes.py data/shapes --num-train 2000',
+        epilog='example: python demo/shapes.py data/shapes --num-train 2000',
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument('out_dir', metavar='OUT_DIR', type=Path, help='folder to write to')

@@ -24,10 +24,10 @@ from rich.progress import track
 
 # Imported before any toolbox: the package makes a torchvision that lacks its compiled half
 # importable.
-from mmscalablevit.engine import cli
-from mmscalablevit.engine.annotations import Findings, check_coco_file
-from mmscalablevit.engine.checks import head_classes
-from mmscalablevit.engine.data import data_sets
+from mmscalablevit import cli
+from mmscalablevit.checks.coco import Findings, check_coco_file
+from mmscalablevit.checks.config import head_classes
+from mmscalablevit.checks.pipeline import data_sets
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
 STANDARD = {
@@ -335,7 +335,7 @@ def parse_args() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
         description='Say exactly what is missing or wrong in the data. Exit code 0: nothing.',
-        epilog='example: python tools/dataset_converters/check_data.py coco --root data/coco',
+        epilog='example: python tools/check_data.py coco --root data/coco',
     )
     parser.add_argument(
         'config',

@@ -1,51 +1,25 @@
 # Copyright (c) mmscalablevit contributors. All rights reserved.
 """Checkpoints that a model, a data set and a training must fit."""
 
+import functools
 import logging
+import os
 import re
+import threading
+import time
+from collections.abc import Callable
 
 import torch
+from mmengine.config import Config
+from mmengine.dist import broadcast
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
-from mmengine.runner import Runner
-from torch import nn
+from mmengine.runner import BaseLoop, Runner
+from torch.utils.data import DataLoader
 
-from .checkpoint import CheckpointError, check_values, find_weights, one_line, read_checkpoint
-from .errors import UserError
-
-
-def load_weights(model: nn.Module, filename: str, config: str) -> dict:
-    """Load a checkpoint that must hold exactly the model's parameters.
-
-    Args:
-        model (nn.Module): The model.
-        filename (str): The checkpoint, a local file.
-        config (str): The model's config, for the message.
-
-    Returns:
-        dict: What the checkpoint holds.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        CheckpointError: If it cannot be read, does not fit, is of another precision, or holds NaN
-            or infinite values; the message names what differs.
-
-    Example:
-        >>> model = torch.nn.Linear(2, 1)
-        >>> torch.save(model.state_dict(), '/tmp/linear.pth')
-        >>> load_weights(model, '/tmp/linear.pth', 'my_config.py').keys()
-        odict_keys(['weight', 'bias'])
-    """
-    checkpoint = read_checkpoint(filename, map_location='cpu')
-    weights = find_weights(checkpoint, filename)
-    check_values(weights, filename, model.state_dict())
-    try:
-        model.load_state_dict(weights)
-    # The file holds versions of the layers, too, on which their code relies.
-    except Exception as error:
-        raise _misfit(filename, config, error) from error
-    return checkpoint
+from ..checkpoint.reading import _misfit, check_values, find_weights
+from ..errors import CheckpointError, UserError, config_errors, one_line
 
 
 def guard_loading(runner: Runner, strict: bool) -> None:
@@ -61,7 +35,7 @@ def guard_loading(runner: Runner, strict: bool) -> None:
         >>> guard_loading(runner, strict=True)  # doctest: +SKIP
         >>> runner.test()  # doctest: +SKIP
         Traceback (most recent call last):
-        mmscalablevit.engine.checkpoint.CheckpointError: checkpoint other.pth does not fit ...
+        mmscalablevit.checkpoint.errors.CheckpointError: checkpoint other.pth does not fit ...
     """
     if strict or runner.cfg.get('load_from'):
         _load_strictly(runner)
@@ -95,17 +69,6 @@ def _load_strictly(runner: Runner) -> None:
             ) from error
 
     runner.load_checkpoint, runner.resume = load, resume_strictly
-
-
-def _misfit(filename: str, config: str, error: Exception) -> CheckpointError:
-    # The first line only says that model and checkpoint differ.
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    lines = lines[1:] or lines
-    found = '; '.join(one_line(line, 120) for line in lines[:3])
-    return CheckpointError(
-        f'checkpoint {filename} does not fit the model of {config}: {found} '
-        '(weights of the backbone alone belong to model.backbone.init_cfg)'
-    )
 
 
 class _CheckWeightsHook(Hook):
@@ -186,3 +149,45 @@ class _NewClassesHook(Hook):
                 logger='current',
                 level=logging.WARNING,
             )
+
+
+def _explain_first_iteration(cfg: Config, loop: BaseLoop) -> None:
+    # What of a config does not fit together, such as numbers of channels, shows there.
+    run_iter = loop.run_iter
+
+    def run_first(*args, **kwargs) -> None:
+        loop.run_iter = run_iter
+        with config_errors(cfg, 'fails in its first iteration'):
+            run_iter(*args, **kwargs)
+
+    loop.run_iter = run_first
+
+
+def _end_workers_with_job(loader: DataLoader) -> None:
+    """Make the workers of a data loader end with its process, also where that is killed.
+
+    torch's workers notice it, but then wait to hand over what they loaded, which nobody takes.
+    """
+    loader.worker_init_fn = functools.partial(_start_worker, loader.worker_init_fn)
+
+
+def _start_worker(init: Callable[[int], None] | None, worker_id: int) -> None:
+    def end_with(parent: int) -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=end_with, args=[os.getppid()], daemon=True).start()
+    if init is not None:
+        init(worker_id)
+
+
+class _SameBuffersHook(Hook):
+    """Lets every rank validate the model that rank 0 saves.
+
+    Without SyncBN each rank has its own statistics in the buffers of BN.
+    """
+
+    def before_val_epoch(self, runner: Runner) -> None:
+        for buffer in runner.model.buffers():
+            broadcast(buffer)

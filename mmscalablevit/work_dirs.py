@@ -1,8 +1,11 @@
 # Copyright (c) mmscalablevit contributors. All rights reserved.
 """What the logs of a training say, and what the metafiles of the configs publish."""
 
+import glob
 import json
+import logging
 import math
+import os.path as osp
 import re
 import statistics
 import time
@@ -11,8 +14,10 @@ from pathlib import Path
 
 import yaml
 from mmengine.config import Config
+from mmengine.logging import print_log
 
-from .errors import UserError
+from .checkpoint.reading import read_checkpoint
+from .errors import CheckpointError, UserError
 
 # Name in the metafiles: key in the logs, factor from the logged to the published scale.
 METRICS = {
@@ -311,7 +316,7 @@ def read_run(work_dir: Path) -> Run:
     return run
 
 
-def find_checkpoint(work_dir: Path) -> tuple[Path, int] | None:
+def newest_checkpoint(work_dir: Path) -> tuple[Path, int] | None:
     """Find the checkpoint from which a training can continue.
 
     Args:
@@ -321,7 +326,7 @@ def find_checkpoint(work_dir: Path) -> tuple[Path, int] | None:
         tuple[Path, int] | None: The file and its epoch or iteration; None if there is none.
 
     Example:
-        >>> find_checkpoint(Path('work_dirs/mask-rcnn'))  # doctest: +SKIP
+        >>> newest_checkpoint(Path('work_dirs/mask-rcnn'))  # doctest: +SKIP
         (Path('work_dirs/mask-rcnn/epoch_3.pth'), 3)
     """
     pointer = work_dir / 'last_checkpoint'
@@ -483,3 +488,89 @@ def _add_test(run: Run, session: _Session) -> None:
 def _median(values) -> float | None:
     values = [value for value in values if not math.isnan(value)]
     return statistics.median(values) if values else None
+
+
+# What mmengine needs to continue a training; a file of best weights lacks the optimizer.
+_TRAINING_STATE = {'meta', 'message_hub', 'optimizer'}
+
+
+def find_checkpoint(work_dir: str) -> str | None:
+    """Find the checkpoint to resume from: the one last written or, if damaged, the newest whole.
+
+    Args:
+        work_dir (str): Work directory of the training.
+
+    Returns:
+        str | None: The file, or None if no training wrote a checkpoint there. A damaged or
+        missing latest checkpoint that was passed over is warned about.
+
+    Raises:
+        CheckpointError: If there are checkpoints of a training, and all of them are damaged.
+
+    Example:
+        >>> find_checkpoint('work_dirs/not_begun')
+    """
+    named = _last_checkpoint(work_dir)
+    if named and '://' in named:
+        return named
+    folders = {work_dir, osp.dirname(named or '') or work_dir}
+    files = [file for folder in folders for file in glob.glob(f'{glob.escape(folder)}/*.pth')]
+    files.sort(key=osp.getmtime, reverse=True)
+    # A work directory that was moved holds it under another path.
+    latest = [named, osp.join(work_dir, osp.basename(named))] if named else []
+    faults = []
+    for file in dict.fromkeys([*latest, *files]):
+        try:
+            found = read_checkpoint(file, map_location='cpu')
+        except FileNotFoundError:
+            continue
+        except CheckpointError as error:
+            faults.append(str(error))
+            continue
+        if file not in latest and not found.keys() >= _TRAINING_STATE:
+            continue
+        if faults:
+            print_log(f'{faults[0]}: resuming from {file}', 'current', logging.WARNING)
+        return file
+    if faults:
+        raise CheckpointError(f'--resume: nothing to resume from in {work_dir}: {faults[0]}')
+    if named:
+        raise CheckpointError(
+            f'--resume: {work_dir}/last_checkpoint names {named}, which does not exist'
+        )
+    return None
+
+
+def use_checkpoint_seed(cfg: Config, checkpoint: str) -> None:
+    """Give a config without a seed the one of a checkpoint, for its data to come in that order.
+
+    Args:
+        cfg (Config): The config.
+        checkpoint (str): The checkpoint to resume from.
+
+    Raises:
+        CheckpointError: If the config has no seed and the checkpoint cannot be read.
+
+    Example:
+        >>> import torch
+        >>> torch.save(dict(state_dict={}, meta=dict(seed=7)), '/tmp/seeded.pth')
+        >>> cfg = Config()
+        >>> use_checkpoint_seed(cfg, '/tmp/seeded.pth')
+        >>> cfg.randomness
+        {'seed': 7}
+    """
+    randomness = cfg.get('randomness') or {}
+    # The checkpoint is large, and the runner reads it once more.
+    if randomness.get('seed') is not None:
+        return
+    seed = (read_checkpoint(checkpoint, map_location='cpu').get('meta') or {}).get('seed')
+    if seed is not None:
+        cfg.randomness = dict(randomness, seed=seed)
+
+
+def _last_checkpoint(work_dir: str) -> str | None:
+    file = osp.join(work_dir, 'last_checkpoint')
+    if not osp.isfile(file):
+        return None
+    with open(file, encoding='utf-8') as opened:
+        return opened.read().strip() or None

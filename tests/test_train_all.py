@@ -16,10 +16,10 @@ import pytest
 from jobs import draw_shapes, job_environment
 from mmengine.config import Config
 
-from mmscalablevit.engine.errors import UserError
+from mmscalablevit.errors import UserError
 
 ROOT = Path(__file__).parents[1]
-TOOL = ROOT / 'tools' / 'benchmark_all.py'
+TOOL = ROOT / 'tools' / 'train_all.py'
 SEGMENTOR = ROOT / 'tests' / 'data' / 'tiny_upernet.py'
 # Its training set is COCO's, which is not there.
 WITHOUT_DATA = ROOT / 'tests' / 'data' / 'tiny_retinanet.py'
@@ -260,7 +260,7 @@ def test_interrupted_training_is_resumed(room, environment):
     records = [json.loads(line) for line in logs[1].read_text().splitlines()]
     assert [record['iter'] for record in records if 'iter' in record] == [reached + 1, last]
     assert f'finished, iteration {last}' in output
-    (row,) = json.loads((room / 'cut' / 'benchmark' / 'benchmark.json').read_text())['rows']
+    (row,) = json.loads((room / 'cut' / 'benchmark' / 'work_dirs.json').read_text())['rows']
     assert (row['state'], row['last_step']) == ('finished', last)
     assert row['last'] == records[-1]['mIoU']
 
@@ -295,7 +295,7 @@ exec "${{words[@]}}"
     assert 'tiny_retinanet: "start" failed with code 1' in output
     assert 'data/coco/ does not exist' in output
     assert output.splitlines()[-1] == 'error: 1 of 2 failed: tiny_retinanet'
-    rows = json.loads((room / 'slurm' / 'benchmark' / 'benchmark.json').read_text())['rows']
+    rows = json.loads((room / 'slurm' / 'benchmark' / 'work_dirs.json').read_text())['rows']
     rows = [row for row in rows if row['experiment'] == 'tiny_upernet']
     assert [row['metric'] for row in rows] == ['mIoU', 'mIoU(ms+flip)']
     assert {row['best_step'] for row in rows} == {4}
@@ -310,7 +310,7 @@ def test_work_dir_in_use(tool, tmp_path, monkeypatch, capsys):
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(UserError, match='1 of 1 failed: tiny_upernet'):
             tool.main()
-    assert 'is in use by another benchmark_all.py' in capsys.readouterr().out.replace('\n', ' ')
+    assert 'is in use by another train_all.py' in capsys.readouterr().out.replace('\n', ' ')
 
 
 def test_step_without_its_result_is_not_repeated(tool, tmp_path, monkeypatch):
@@ -356,6 +356,6 @@ def test_help_has_an_example(tool, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         tool.main()
     output = ' '.join(capsys.readouterr().out.split())
-    assert 'example: python tools/benchmark_all.py' in output
+    assert 'example: python tools/train_all.py' in output
     for group in ('paper', 'baselines', 'all'):
         assert f'{group}: ' in output

@@ -1,0 +1,1 @@
+# Copyright (c) mmscalablevit contributors. All rights reserved.
