@@ -3,7 +3,7 @@
 CONDA_ENV := $(if $(filter-out base,$(CONDA_DEFAULT_ENV)),$(CONDA_PREFIX))
 ENV ?= $(or $(VIRTUAL_ENV),$(CONDA_ENV),.venv)
 PYTHON := $(ENV)/bin/python
-TORCH ?= torch==2.13.0 torchvision==0.28.0
+TORCH ?= torch==2.14.1 torchvision==0.29.1
 STAMP := $(ENV)/.mmscalablevit-installed
 DEMO_DIR ?= work_dirs/demo
 OPENMMLAB_ENV ?= .venv-openmmlab
@@ -15,7 +15,7 @@ env:
 	@tools/misc/setup_env.sh "$(ENV)" $(TORCH)
 	@touch "$(STAMP)"
 
-$(STAMP): setup.py tools/misc/environment.sh tools/misc/setup_env.sh
+$(STAMP): setup.py tools/misc/environment.sh tools/misc/setup_env.sh tools/misc/mmcv_cxx.sh
 	@$(MAKE) --no-print-directory env
 
 demo: $(STAMP)

@@ -7,12 +7,10 @@ so that
 all a user of any OpenMMLab toolbox needs.
 """
 
-from .compat import check_dependencies, declare_torchvision_ops
+from .compat import check_dependencies
 from .version import __version__
 
 check_dependencies()
-# Before any toolbox is imported: mmdet imports mmpretrain, which imports torchvision.
-declare_torchvision_ops()
 
 from .engine import LayerDecayOptimWrapperConstructor  # noqa: E402
 from .models import ScalableViT  # noqa: E402

@@ -41,6 +41,7 @@ ARCH_ZOO = {
 
 
 def arch_settings(arch: str | dict, zoo: dict[str, dict]) -> dict:
+    """Return the settings of a named arch, or of a dict after checking it."""
     if isinstance(arch, str):
         if arch.lower() not in zoo:
             meant = difflib.get_close_matches(arch.lower(), zoo, n=1)
@@ -103,6 +104,7 @@ def _check_widths(arch: dict) -> None:
 
 
 def check_int(name: str, value: int, low: int, high: float = math.inf) -> None:
+    """Raise if ``value`` is not an integer from ``low`` to ``high``."""
     allowed = (
         f'an integer of at least {low}' if high == math.inf else f'an integer of {low} to {high}'
     )
@@ -113,6 +115,7 @@ def check_int(name: str, value: int, low: int, high: float = math.inf) -> None:
 
 
 def check_rate(name: str, rate: float) -> None:
+    """Raise if ``rate`` is not a number in [0, 1)."""
     if not isinstance(rate, Real) or isinstance(rate, bool):
         raise TypeError(f'{name} must be a number in [0, 1), got {rate!r}')
     if not 0 <= rate < 1:
@@ -120,6 +123,7 @@ def check_rate(name: str, rate: float) -> None:
 
 
 def check_out_indices(out_indices: Sequence[int]) -> None:
+    """Raise if ``out_indices`` is not an ascending sequence of stages."""
     allowed = f'stages of 0 to {NUM_STAGES - 1} in ascending order, at least one'
     if not isinstance(out_indices, (list, tuple)) or not all(type(i) is int for i in out_indices):
         raise TypeError(f'out_indices must be a sequence of {allowed}, got {out_indices!r}')

@@ -6,7 +6,7 @@ set -euo pipefail
 
 usage='usage: tools/misc/setup_openmmlab.sh ENV_DIR TORCH_REQUIREMENT...
 The variable MMCV_LITE replaces mmcv-lite==2.1.0.
-example: tools/misc/setup_openmmlab.sh .venv-openmmlab torch==2.13.0 torchvision==0.28.0'
+example: tools/misc/setup_openmmlab.sh .venv-openmmlab torch==2.14.1 torchvision==0.29.1'
 . "$(dirname "$0")/environment.sh"
 
 ORIGINAL=(mmengine==0.10.7 "${MMCV_LITE:-mmcv-lite==2.1.0}" mmpretrain==1.2.0 mmdet==3.3.0
