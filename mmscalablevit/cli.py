@@ -9,7 +9,7 @@ import os
 import os.path as osp
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from mmengine.config import Config, ConfigDict, DictAction
@@ -17,6 +17,9 @@ from mmengine.device import get_device
 from mmengine.logging import print_log
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
+from rich.box import MARKDOWN
+from rich.console import Console
+from rich.table import Table
 
 from .checkpoint.reading import use_safe_loader
 from .checks.config import class_faults, config_faults, data_set_faults, hook_faults
@@ -142,8 +145,41 @@ def parse_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
     return args
 
 
+def read_config(path: str, options: dict | None = None) -> Config:
+    """Read a config, put options into it and import its toolbox.
+
+    Args:
+        path (str): The config.
+        options (dict, optional): Settings that replace those of the config, by dotted key.
+
+    Returns:
+        Config: The config.
+
+    Raises:
+        UserError: If the config cannot be read, an option does not fit it, or its toolbox is not
+            installed.
+
+    Example:
+        >>> path = 'configs/detection/mask-rcnn_scalablevit-s_fpn_1x_coco.py'
+        >>> read_config(path, {'train_cfg.max_epochs': 1}).train_cfg.max_epochs  # doctest: +SKIP
+        1
+    """
+    if not osp.isfile(path):
+        raise UserError(f'config {path} does not exist')
+    try:
+        cfg = Config.fromfile(path)
+    # A config is Python: anything can go wrong in it.
+    except Exception as error:
+        raise UserError(f'config {path} cannot be read: {type(error).__name__}: {error}') from error
+    _merge_options(cfg, options or {})
+    _import_toolbox(cfg)
+    if cfg.get('default_scope') == 'mmpretrain':
+        _stack_batches(cfg)
+    return cfg
+
+
 def load_config(args: argparse.Namespace) -> Config:
-    """Read the config, put the common arguments into it and import its toolbox.
+    """Read the config and put the common arguments into it.
 
     Args:
         args (argparse.Namespace): The arguments ``config``, ``work_dir``, ``cfg_options`` and
@@ -153,8 +189,7 @@ def load_config(args: argparse.Namespace) -> Config:
         Config: The config; ``work_dir`` is set.
 
     Raises:
-        UserError: If the config cannot be read, an option does not fit it, or its toolbox is not
-            installed.
+        UserError: See ``read_config``.
 
     Example:
         >>> args = argparse.Namespace(
@@ -163,24 +198,37 @@ def load_config(args: argparse.Namespace) -> Config:
         >>> load_config(args).work_dir  # doctest: +SKIP
         './work_dirs/mask-rcnn_scalablevit-s_fpn_1x_coco'
     """
-    if not osp.isfile(args.config):
-        raise UserError(f'config {args.config} does not exist')
-    try:
-        cfg = Config.fromfile(args.config)
-    # A config is Python: anything can go wrong in it.
-    except Exception as error:
-        raise UserError(
-            f'config {args.config} cannot be read: {type(error).__name__}: {error}'
-        ) from error
-
-    _merge_options(cfg, args.cfg_options or {})
+    cfg = read_config(args.config, args.cfg_options)
     cfg.launcher = args.launcher
     name = osp.splitext(osp.basename(args.config))[0]
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or osp.join('./work_dirs', name)
-    _import_toolbox(cfg)
-    if cfg.get('default_scope') == 'mmpretrain':
-        _stack_batches(cfg)
     return cfg
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Format rows as a Markdown table that also reads well in a terminal.
+
+    Args:
+        header (Sequence[str]): The names of the columns.
+        rows (Iterable[Sequence[str]]): The cells of each row.
+
+    Returns:
+        str: The lines of the table, ending in a newline.
+
+    Example:
+        >>> print(markdown_table(['model', 'mIoU'], [['UperNet', '48.5']]), end='')
+        | model   | mIoU |
+        |---------|------|
+        | UperNet | 48.5 |
+    """
+    table = Table(*header, box=MARKDOWN)
+    for row in rows:
+        table.add_row(*(cell.replace('|', r'\|') for cell in row))
+    # Cells are plain text, and no line is folded.
+    console = Console(width=10_000, markup=False, emoji=False, highlight=False, no_color=True)
+    with console.capture() as captured:
+        console.print(table)
+    return captured.get().strip() + '\n'
 
 
 def check_data(cfg: Config, loaders: tuple[str, ...]) -> None:

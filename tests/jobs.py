@@ -12,7 +12,7 @@ ROOT = TESTS.parent
 
 def draw_shapes(folder: Path, num_train: int = 8, num_val: int = 4, size: int = 64) -> None:
     """Write the demo's data set into a new folder."""
-    tool = ROOT / 'tools' / 'dataset_converters' / 'shapes.py'
+    tool = ROOT / 'demo' / 'shapes.py'
     sizes = ['--num-train', str(num_train), '--num-val', str(num_val), '--size', str(size)]
     command = [sys.executable, str(tool), str(folder), *sizes, '--workers', '1']
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
