@@ -23,8 +23,8 @@ from torch import nn
 from mmscalablevit import LayerDecayOptimWrapperConstructor, ScalableViT, cli
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
-DETECTION = 'detection/mask-rcnn_scalablevit-s_fpn_lld-1x_coco.py'
-SEGMENTATION = 'segmentation/scalablevit-s_upernet_8xb2-lld-160k_ade20k-512x512.py'
+DETECTION = 'detection/mask-rcnn_scalablevit-s_fpn_layer-decay-1x_coco.py'
+SEGMENTATION = 'segmentation/scalablevit-s_upernet_8xb2-layer-decay-160k_ade20k-512x512.py'
 CLASSIFICATION = 'classification/scalablevit-s_8xb128_in1k.py'
 CONSTRUCTOR = 'LayerDecayOptimWrapperConstructor'
 OPTIONS = [
@@ -367,7 +367,7 @@ def parse(options):
 def test_cfg_options_turn_a_plain_config_into_this_one(name):
     needs_operators()
     args = argparse.Namespace(
-        config=str(CONFIGS / re.sub(r'lld-', '', name)),
+        config=str(CONFIGS / re.sub(r'layer-decay-', '', name)),
         cfg_options=parse(OPTIONS),
         work_dir=None,
         launcher='none',
@@ -397,7 +397,7 @@ def test_cfg_options_suit_a_config_without_paramwise_cfg(name):
 
 @pytest.mark.parametrize('name', [DETECTION, SEGMENTATION])
 def test_configs_differ_from_the_plain_recipe_by_the_decay_alone(name):
-    plain = Config.fromfile(CONFIGS / re.sub(r'lld-', '', name)).to_dict()
+    plain = Config.fromfile(CONFIGS / re.sub(r'layer-decay-', '', name)).to_dict()
     cfg = Config.fromfile(CONFIGS / name).to_dict()
     wrapper = cfg['optim_wrapper']
 

@@ -9,15 +9,14 @@ _base_ = [
 ]
 model = dict(backbone=_base_.backbone, neck=dict(in_channels=_base_.embed_dims[1:]))
 
-flip, choice, pack = _base_.ms_crop
-resize, crop = choice.transforms
+resize, crop = _base_.resize, _base_.crop
 # No limit to the long side before the crop, and images without objects too.
-whole = dict(crop[0], scales=[(400, 4200), (500, 4200), (600, 4200)])
+resize_to_crop = dict(_base_.resize_to_crop, scales=[(400, 4200), (500, 4200), (600, 4200)])
 train_pipeline = [
-    *_base_.train_pipeline[:2],
-    flip,
-    dict(choice, transforms=[resize, [whole, *crop[1:]]]),
-    pack,
+    *_base_.loading,
+    _base_.flip,
+    dict(type='RandomChoice', transforms=[[resize], [resize_to_crop, crop, resize]]),
+    _base_.pack,
 ]
 train_dataloader = dict(
     dataset=dict(filter_cfg=dict(filter_empty_gt=False), pipeline=train_pipeline)

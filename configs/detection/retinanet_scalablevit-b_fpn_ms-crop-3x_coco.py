@@ -10,5 +10,5 @@ _base_ = [
 ]
 model = dict(backbone=_base_.backbone, neck=dict(in_channels=_base_.embed_dims))
 
-train_pipeline = [*_base_.train_pipeline[:2], *_base_.ms_crop]
+train_pipeline = [*_base_.loading, *_base_.ms_crop]
 train_dataloader = dict(dataset=dict(pipeline=train_pipeline))

@@ -9,6 +9,7 @@ def without_masks(pipeline):
     ]
 
 
+loading = without_masks(_base_.loading)
 train_pipeline = without_masks(_base_.train_pipeline)
 test_pipeline = without_masks(_base_.test_pipeline)
 train_dataloader = dict(dataset=dict(pipeline=train_pipeline))

@@ -3,9 +3,12 @@ dataset_type = 'CocoDataset'
 data_root = 'data/coco/'
 backend_args = None
 
-train_pipeline = [
+loading = [
     dict(type='LoadImageFromFile', backend_args=backend_args),
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
+]
+train_pipeline = [
+    *loading,
     dict(type='Resize', scale=(1333, 800), keep_ratio=True),
     dict(type='RandomFlip', prob=0.5),
     dict(type='PackDetInputs'),
