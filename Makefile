@@ -3,7 +3,8 @@
 CONDA_ENV := $(if $(filter-out base,$(CONDA_DEFAULT_ENV)),$(CONDA_PREFIX))
 ENV ?= $(or $(VIRTUAL_ENV),$(CONDA_ENV),.venv)
 PYTHON := $(ENV)/bin/python
-TORCH ?= torch==2.14.1 torchvision==0.29.1
+# Empty: what is installed, else one that has a compiled mmcv, else the newest that was tested.
+TORCH ?=
 STAMP := $(ENV)/.mmscalablevit-installed
 DEMO_DIR ?= work_dirs/demo
 OPENMMLAB_ENV ?= .venv-openmmlab
@@ -15,7 +16,8 @@ env:
 	@tools/misc/setup_env.sh "$(ENV)" $(TORCH)
 	@touch "$(STAMP)"
 
-$(STAMP): setup.py tools/misc/environment.sh tools/misc/setup_env.sh tools/misc/mmcv_cxx.sh
+$(STAMP): setup.py tools/misc/environment.sh tools/misc/setup_env.sh \
+		tools/misc/mmcv_cxx.sh tools/misc/mmcv_wheel.sh
 	@$(MAKE) --no-print-directory env
 
 demo: $(STAMP)
@@ -35,7 +37,7 @@ test-openmmlab: $(OPENMMLAB_STAMP)
 		--dist loadfile $(OPERATOR_FREE_TESTS) $(PYTEST_ARGS)
 
 $(OPENMMLAB_STAMP): setup.py tools/misc/environment.sh tools/misc/setup_openmmlab.sh
-	@tools/misc/setup_openmmlab.sh "$(OPENMMLAB_ENV)" $(TORCH)
+	@tools/misc/setup_openmmlab.sh "$(OPENMMLAB_ENV)" $(or $(TORCH),torch==2.14.1 torchvision==0.29.1)
 	@touch "$@"
 
 operator-free-tests:

@@ -1,5 +1,5 @@
 # Copyright (c) mmscalablevit contributors. All rights reserved.
-"""What the package needs around it: versions of its dependencies."""
+"""What the package needs around it: versions of its dependencies, a torchvision that fits torch."""
 
 import importlib
 import importlib.metadata
@@ -23,7 +23,7 @@ def check_dependencies() -> None:
     """Check that mmengine and mmcv are importable and recent enough.
 
     The two import names are shipped by two families of distributions, so they cannot stand in
-    the package's requirements: pip would lay one family over the other.
+    the package's requirements: pip would install one family over the other.
     Where that happened all the same, a warning says so.
 
     Raises:
@@ -56,8 +56,8 @@ def _warn_of_mixture(name: str) -> None:
             continue
     if len(found) > 1:
         warnings.warn(
-            f'{" and ".join(found)} lie over each other in this environment: both ship {name}. '
-            'Uninstall all of them and install one again.',
+            f'{" and ".join(found)} are both installed and both ship {name}, so that one has '
+            'overwritten files of the other. Uninstall both and install one again.',
             stacklevel=3,
         )
 
@@ -65,3 +65,45 @@ def _warn_of_mixture(name: str) -> None:
 def _release(version: str) -> tuple[int, ...]:
     match = re.match(r'\d+(\.\d+)*', version)
     return tuple(map(int, match.group().split('.'))) if match else ()
+
+
+def torchvision_requirement() -> str:
+    """Return the arguments of ``pip install`` for the torchvision that fits the installed torch.
+
+    Example:
+        >>> torchvision_requirement()  # with torch 2.14.1+cpu
+        'torchvision==0.29.1 --index-url https://download.pytorch.org/whl/cpu'
+    """
+    release, _, build = importlib.metadata.version('torch').partition('+')
+    major, minor, patch = release.split('.')[:3]
+    # torch 2.4 has 0.19, and so on.
+    requirement = f'torchvision=={int(major) - 2}.{int(minor) + 15}.{patch}'
+    return (
+        f'{requirement} --index-url https://download.pytorch.org/whl/{build}'
+        if build
+        else requirement
+    )
+
+
+def torchvision_fault() -> str | None:
+    """Return in one sentence why torchvision cannot be imported and how to cure it, or None.
+
+    mmpretrain imports torchvision, and mmdet imports mmpretrain where it is installed: a
+    torchvision whose compiled half is of another build than torch breaks both.
+
+    Example:
+        >>> from mmscalablevit.compat import torchvision_fault
+        >>> torchvision_fault() is None
+        True
+    """
+    cure = f'`pip install --force-reinstall --no-deps {torchvision_requirement()}`'
+    try:
+        importlib.import_module('torchvision')
+    except ModuleNotFoundError:
+        return f'torchvision is not installed: {cure}.'
+    # The compiled half raises what its loader raises: OSError, RuntimeError, ImportError.
+    except Exception as error:
+        found, torch = map(importlib.metadata.version, ('torchvision', 'torch'))
+        reason = str(error).strip().splitlines()[-1]
+        return f'torchvision {found} does not fit torch {torch} ({reason}): {cure}.'
+    return None

@@ -8,8 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-# First of all: it makes a torchvision without its compiled half importable.
-import mmscalablevit  # noqa: F401  # isort: skip
 import cv2
 import numpy as np
 import pytest
@@ -18,6 +16,8 @@ from golden import REFERENCE, read_json, reference_input, reference_state, relat
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from safetensors.torch import load_file
+
+import mmscalablevit  # noqa: F401
 
 mmpretrain = pytest.importorskip('mmpretrain')
 from mmpretrain.registry import MODELS  # noqa: E402

@@ -1,15 +1,66 @@
 # Copyright (c) mmscalablevit contributors. All rights reserved.
 """Importing the package: what it needs, what it leaves alone, what it says if something is off."""
 
+import importlib
 import importlib.metadata
+import json
 import subprocess
 import sys
 
 import mmcv
 import mmengine
 import pytest
+import torch
 
 from mmscalablevit import compat
+
+# What a process has in common, as JSON, before and after the import of the package. All that the
+# package imports is imported before, so that nothing but the package itself can make a difference.
+STATE = """
+import importlib, json, logging, os, random, signal, sys, threading, types, warnings
+import torch, mmengine.registry
+from mmengine.registry import Registry
+from mmengine.runner.checkpoint import CheckpointLoader
+
+for name in {imported!r}:
+    importlib.import_module(name)
+
+def members(owner):
+    return {{k: id(v) for k, v in vars(owner).items() if not isinstance(v, types.ModuleType)}}
+
+def state():
+    registries = {{n: r for n, r in vars(mmengine.registry).items() if isinstance(r, Registry)}}
+    modules = {{n: m for n, m in sys.modules.items() if n.split('.')[0] in ('mmengine', 'mmcv')}}
+    classes = {{
+        f'{{c.__module__}}.{{c.__qualname__}}': members(c)
+        for m in modules.values() for c in vars(m).values()
+        if isinstance(c, type) and c.__module__ in modules
+    }}
+    return dict(
+        entries={{
+            n: {{k: v.__module__ for k, v in r.module_dict.items()}} for n, r in registries.items()
+        }},
+        schemes={{k: v.__module__ for k, v in CheckpointLoader._schemes.items()}},
+        operators={{name: name for name in torch._C._dispatch_get_all_op_names()}},
+        environment=dict(os.environ),
+        filters=[repr(f) for f in warnings.filters],
+        members={{n: members(m) for n, m in modules.items()}},
+        classes=classes,
+        nn=members(torch.nn.functional),
+        settings=repr([
+            torch.get_default_dtype(), torch.get_num_threads(), torch.initial_seed(),
+            torch.backends.cudnn.benchmark, torch.are_deterministic_algorithms_enabled(),
+            torch.multiprocessing.get_sharing_strategy(), hash(random.getstate()),
+            logging.raiseExceptions, logging.root.level, logging.root.handlers, sys.excepthook,
+            sys.path, sys.meta_path, threading.active_count(),
+            [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)],
+        ]),
+    )
+
+before = state()
+import mmscalablevit
+print(json.dumps([before, state()]))
+"""
 
 
 def python(code):
@@ -24,15 +75,49 @@ def python(code):
     return done.stdout.strip().splitlines()[-1]
 
 
-def test_import_registers_and_loads_no_toolbox():
-    loaded = python(
-        'import sys, mmscalablevit\n'
-        'from mmengine.registry import MODELS\n'
-        "assert MODELS.get('ScalableViT') is mmscalablevit.ScalableViT\n"
-        "heavy = {'mmdet', 'mmseg', 'mmpretrain', 'mmcv.ops', 'mmcv._ext', 'torchvision'}\n"
-        'print(sorted(heavy & set(sys.modules)))'
+@pytest.fixture(scope='module')
+def imported():
+    """The modules, other than its own, that the import of the package loads."""
+    return json.loads(
+        python(
+            'import json, sys, mmscalablevit\n'
+            "own = [n for n in sys.modules if n.split('.')[0] in ('mmscalablevit', '__main__')]\n"
+            "loaded = [n for n, m in sys.modules.items() if getattr(m, '__spec__', None)]\n"
+            'print(json.dumps(sorted(set(loaded) - set(own))))'
+        )
     )
-    assert loaded == '[]'
+
+
+def test_import_loads_no_toolbox(imported):
+    heavy = {'mmdet', 'mmseg', 'mmpretrain', 'mmcv.ops', 'mmcv._ext', 'torchvision'}
+
+    assert {'torch', 'mmengine', 'mmcv.cnn'} <= set(imported)
+    assert not heavy & set(imported)
+
+
+def test_import_changes_nothing_but_its_own_registrations(imported):
+    wanted = [name for name in imported if name.split('.')[0] in ('torch', 'mmengine', 'mmcv')]
+    before, after = json.loads(python(STATE.format(imported=wanted)))
+    entries = {
+        (registry, name): module
+        for registry, found in after.pop('entries').items()
+        for name, module in found.items()
+        if name not in before['entries'][registry]
+    }
+    schemes = after.pop('schemes')
+    operators = set(after.pop('operators')) - set(before.pop('operators'))
+
+    # Its own registrations are there, and nothing is taken away or replaced.
+    assert entries['MODELS', 'ScalableViT'].startswith('mmscalablevit.models')
+    assert {module.split('.')[0] for module in entries.values()} == {'mmscalablevit'}
+    assert {k: schemes.get(k) for k in before['schemes']} == before.pop('schemes')
+    assert all(
+        module.startswith('mmscalablevit.') for k, module in schemes.items() if k.startswith('scal')
+    )
+    assert {name.split('::')[0] for name in operators} <= {'mmscalablevit'}
+    del before['entries']
+    for part, value in before.items():
+        assert after[part] == value, part
 
 
 @pytest.mark.parametrize('name', ['mmengine', 'mmcv'])
@@ -55,47 +140,80 @@ def test_old_dependency_is_named_with_both_versions(monkeypatch, module, version
         compat.check_dependencies()
 
 
-def test_two_families_in_one_environment_are_named(monkeypatch, recwarn):
-    versions = {'onedl-mmcv': '2.3.6', 'mmcv': '2.1.0'}
+@pytest.fixture
+def versions(monkeypatch):
+    """The installed distributions, as a dict to be changed."""
+    found = {}
 
     def version(name):
-        if name not in versions:
+        if name not in found:
             raise importlib.metadata.PackageNotFoundError(name)
-        return versions[name]
+        return found[name]
 
     monkeypatch.setattr(importlib.metadata, 'version', version)
-    with pytest.warns(UserWarning, match=r'^onedl-mmcv 2\.3\.6 and mmcv 2\.1\.0 lie over each'):
+    return found
+
+
+def test_two_families_in_one_environment_are_named(versions, recwarn):
+    versions.update({'onedl-mmcv': '2.3.6', 'mmcv': '2.1.0'})
+    with pytest.warns(UserWarning, match=r'^onedl-mmcv 2\.3\.6 and mmcv 2\.1\.0 are both'):
         compat.check_dependencies()
     del versions['mmcv']
     compat.check_dependencies()
     assert not recwarn.list
 
 
-FAKE_TORCHVISION = """
-import sys, pathlib, torch
-folder = pathlib.Path({folder!r}) / 'torchvision'
-folder.mkdir()
-# What torchvision does at import, with a compiled library that does not load.
-(folder / '__init__.py').write_text('''
-import torch
-@torch.library.register_fake("torchvision::nms")
-def nms(dets, scores, iou_threshold): ...
-''')
-if {library!r}:
-    (folder / {library!r}).write_text('no library')
-sys.path.insert(0, {folder!r})
-{setup}
-import torchvision
-print('imported')
-"""
+# Pairs that PyTorch released together.
+@pytest.mark.parametrize(
+    ('torch_version', 'wanted'),
+    [
+        ('2.4.1', 'torchvision==0.19.1'),
+        ('2.14.1', 'torchvision==0.29.1'),
+        (
+            '2.13.0+cpu',
+            'torchvision==0.28.0 --index-url https://download.pytorch.org/whl/cpu',
+        ),
+    ],
+)
+def test_torchvision_that_fits(versions, torch_version, wanted):
+    versions['torch'] = torch_version
+
+    assert compat.torchvision_requirement() == wanted
 
 
-@pytest.mark.parametrize('library', ['', '_C.so'])
-def test_torchvision_without_compiled_half_becomes_importable(tmp_path, library):
-    def run(name, setup):
-        folder = tmp_path / name
-        folder.mkdir()
-        return python(FAKE_TORCHVISION.format(folder=str(folder), library=library, setup=setup))
+def test_torchvision_that_does_not_fit_is_named_with_the_cure(
+    versions, monkeypatch, tmp_path, request
+):
+    versions.update(torch='2.13.0+cpu', torchvision='0.28.0')
+    # What torchvision does at import if its compiled half could not be loaded.
+    folder = tmp_path / 'torchvision'
+    folder.mkdir()
+    (folder / '__init__.py').write_text(
+        'import torch\n'
+        '@torch.library.register_fake("torchvision::no_such_operator")\n'
+        'def nms(dets, scores, iou_threshold): ...\n'
+    )
+    for name in [name for name in sys.modules if name.split('.')[0] == 'torchvision']:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    sentence = compat.torchvision_fault()
 
-    assert 'torchvision::nms does not exist' in run('bare', '')
-    assert run('package', 'import mmscalablevit') == 'imported'
+    assert sentence.startswith('torchvision 0.28.0 does not fit torch 2.13.0+cpu (')
+    assert 'torchvision::no_such_operator' in sentence
+    assert sentence.endswith(
+        '`pip install --force-reinstall --no-deps torchvision==0.28.0 '
+        '--index-url https://download.pytorch.org/whl/cpu`.'
+    )
+
+
+def test_missing_torchvision_is_named(versions, monkeypatch):
+    versions['torch'] = '2.14.1'
+    monkeypatch.setitem(sys.modules, 'torchvision', None)
+
+    assert compat.torchvision_fault().startswith('torchvision is not installed: `pip install')
+
+
+def test_installed_torchvision_fits():
+    pytest.importorskip('torchvision')
+    assert torch.__version__
+    assert compat.torchvision_fault() is None

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import nn
 
-# Imported before any toolbox: it makes a torchvision without its compiled half importable.
 from mmscalablevit import ScalableViT
 
 ROOT = Path(__file__).parents[1]

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-# Imported before any toolbox: it makes a torchvision without its compiled half importable.
 import mmscalablevit  # noqa: F401
 
 for toolbox in ('mmpretrain', 'mmdet', 'mmseg'):

@@ -22,8 +22,6 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-# Imported before any toolbox: the package makes a torchvision that lacks its compiled half
-# importable.
 from mmscalablevit import cli
 from mmscalablevit.checks.coco import Findings, check_coco_file
 from mmscalablevit.checks.config import head_classes

@@ -9,8 +9,6 @@ from mmengine.config import Config, ConfigDict
 from mmengine.dist import is_main_process
 from mmengine.utils import mkdir_or_exist
 
-# Imported before any toolbox: the package makes a torchvision that lacks its compiled half
-# importable.
 from mmscalablevit import cli
 from mmscalablevit.checkpoint.reading import check_file
 

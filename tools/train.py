@@ -6,8 +6,6 @@ import importlib.util
 
 from mmengine.config import Config
 
-# Imported before any toolbox: the package makes a torchvision that lacks its compiled half
-# importable.
 from mmscalablevit import cli
 from mmscalablevit.checkpoint.reading import check_file
 from mmscalablevit.engine.checkpoint_hook import use_resumable_hooks

@@ -2,8 +2,7 @@
 """The classification head of the released models; needs mmpretrain.
 
 Not imported by ``import mmscalablevit``: a config that uses it names it after the package,
-``custom_imports = dict(imports=['mmscalablevit', 'mmscalablevit.models.cls_head'])``. The package
-comes first because it makes a torchvision without its compiled half importable for mmpretrain.
+``custom_imports = dict(imports=['mmscalablevit', 'mmscalablevit.models.cls_head'])``.
 """
 
 from __future__ import annotations

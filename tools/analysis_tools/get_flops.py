@@ -33,7 +33,6 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-# Imported before any toolbox: it makes a torchvision without its compiled half importable.
 from mmscalablevit import cli
 
 CONFIGS = Path(__file__).parents[2] / 'configs'

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-# Imported before any toolbox: it makes a torchvision without its compiled half importable.
 from mmscalablevit import ScalableViT, cli
 from mmscalablevit.checkpoint.reading import check_values, find_weights, read_checkpoint
 from mmscalablevit.checkpoint.released import load_backbone_checkpoint

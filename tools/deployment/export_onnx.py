@@ -23,7 +23,6 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 
-# Imported before any toolbox: it makes a torchvision without its compiled half importable.
 from mmscalablevit import cli
 from mmscalablevit.checkpoint.reading import load_weights
 from mmscalablevit.errors import config_errors

@@ -6,7 +6,7 @@ case ${1:-} in
         exit
         ;;
 esac
-if [ $# -lt 2 ]; then
+if [ $# -lt 1 ]; then
     echo "$usage" >&2
     exit 2
 fi
@@ -30,10 +30,29 @@ keep_torch() {
     "$python" -m pip freeze | grep -E '^(torch|torchvision)==' | sed 's/+.*//' > "$constraints"
 }
 
-print_versions() {
+# Installs the torchvision of the torch that is there, from the index of its build if that can be reached.
+fit_torchvision() {
+    local requirement
+    read -ra requirement <<< "$(PYTHONPATH=mmscalablevit "$python" -c 'import compat; print(compat.torchvision_requirement())')"
+    say "Installing ${requirement[0]} for the torch that is there"
+    pip_install --timeout 10 --retries 0 --force-reinstall --no-deps "${requirement[@]}" ||
+        pip_install --force-reinstall --no-deps "${requirement[0]}"
+    pip_install numpy pillow
+}
+
+# look [MODULE...]: what is installed is imported; the first fault ends the set-up in one sentence.
+look() {
+    local module found
+    found=$("$python" -W ignore -c 'from mmscalablevit.compat import torchvision_fault; print(torchvision_fault() or "")') ||
+        fail "mmscalablevit does not import: $found"
+    [ -z "$found" ] || fail "$found"
+    for module in "$@"; do
+        has "$module" || fail "$module does not import: $("$python" -W ignore -c "import $module" 2>&1 | tail -1)"
+    done
     say "Ready: $("$python" -W ignore -c '
-import mmscalablevit, mmengine, mmcv, mmdet, mmseg, mmpretrain, torch
-print(*(f"{m.__name__} {m.__version__}" for m in (mmscalablevit, torch, mmengine, mmcv, mmdet, mmseg, mmpretrain)), sep=", ")')"
+import mmscalablevit, mmengine, mmcv, mmdet, mmseg, mmpretrain, torch, torchvision
+modules = mmscalablevit, torch, torchvision, mmengine, mmcv, mmdet, mmseg, mmpretrain
+print(*(f"{m.__name__} {m.__version__}" for m in modules), sep=", ")')"
 }
 
 cd "$(dirname "$0")/../.."

@@ -3,25 +3,26 @@
 # there is kept.
 set -euo pipefail
 
-usage='usage: tools/misc/setup_env.sh ENV_DIR TORCH_REQUIREMENT...
+usage='usage: tools/misc/setup_env.sh ENV_DIR [TORCH_REQUIREMENT...]
+Without a requirement: the newest PyTorch that was tested, or one for which there is a compiled mmcv.
 example: tools/misc/setup_env.sh .venv torch==2.14.1 torchvision==0.29.1'
 . "$(dirname "$0")/environment.sh"
+. tools/misc/mmcv_wheel.sh
 
 MMENGINE=onedl-mmengine==0.10.12
 MMCV=onedl-mmcv==2.3.6
+NEWEST=(torch==2.14.1 torchvision==0.29.1)
 
 if has torch; then
     say "Keeping torch $("$python" -c 'import torch; print(torch.__version__)')"
-    has_package torchvision || missing_vision=1
 else
+    [ ${#torch[@]} -gt 0 ] || read -ra torch <<< "$(torch_with_wheel)"
+    [ ${#torch[@]} -gt 0 ] || torch=("${NEWEST[@]}")
     say "Installing ${torch[*]}"
     pip_install "${torch[@]}"
 fi
+has torchvision || fit_torchvision
 keep_torch
-if [ -n "${missing_vision:-}" ]; then
-    say 'Installing the torchvision that fits'
-    pip_install --constraint "$constraints" torchvision
-fi
 
 # mmcv's project file needs that setuptools; the venv of Python 3.10 and 3.11 has an older one.
 pip_install ninja numpy packaging psutil 'setuptools>=77' wheel
@@ -48,6 +49,13 @@ build_mmcv() {
     rm -r "$compiler"
     echo
 }
+if ! has mmcv._ext; then
+    folder=$(wheel_folder)
+    say "Looking for a compiled mmcv: $MMCV_WHEELS, $folder"
+    mmcv_wheel install "$folder" || echo '   none there for this Python, or no network'
+    # Its dependencies, or all of it.
+    if has_package onedl-mmcv; then pip_install --constraint "$constraints" 'onedl-mmcv>=2.3.6,<2.4'; fi
+fi
 has mmcv._ext || build_mmcv
 # pip's cache does not know which torch a wheel was compiled for.
 has mmcv._ext || build_mmcv --force-reinstall --no-deps --no-cache-dir
@@ -61,7 +69,4 @@ if ! has cv2; then
     version=$("$python" -m pip show opencv-python-headless | sed -n 's/^Version: //p')
     pip_install --force-reinstall --no-deps "opencv-python-headless==$version"
 fi
-for module in torchvision mmcv._ext mmdet.models mmseg.models mmpretrain.models mmscalablevit; do
-    has "$module" || fail "$module does not import: $("$python" -W ignore -c "import $module" 2>&1 | tail -1)"
-done
-print_versions
+look mmcv._ext mmdet.models mmseg.models mmpretrain.models

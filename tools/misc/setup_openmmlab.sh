@@ -30,5 +30,4 @@ if ! has cv2; then
     say 'No display library found: taking the headless OpenCV'
     pip_install --force-reinstall --no-deps opencv-python-headless
 fi
-"$python" -W ignore -c 'import mmscalablevit, mmdet, mmseg, mmpretrain.models'
-print_versions
+look mmdet mmseg mmpretrain.models

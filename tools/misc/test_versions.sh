@@ -3,32 +3,33 @@
 # that it makes and keeps, and prints a row of the compatibility table.
 set -euo pipefail
 
-usage='usage: tools/misc/test_versions.sh PYTHON TORCH_VERSION [PYTEST_ARGUMENT...]
+usage='usage: tools/misc/test_versions.sh PYTHON TORCH_VERSION
 example: tools/misc/test_versions.sh python3.13 2.14.1
 The environments are in work_dirs/versions: several GB each, remove them when you are done.'
-if [ $# -gt 1 ]; then
-    interpreter=$1 version=$2 pytest=("${@:3}")
+if [ $# -eq 2 ]; then
     folder=$(dirname "$0")/../../work_dirs/versions/$(basename "$1")-$2
-    [ -x "$folder/bin/python" ] || "$interpreter" -m venv "$folder"
-    set -- "$(cd "$folder" && pwd)" "torch==$version" torchvision
+    [ -x "$folder/bin/python" ] || "$1" -m venv "$folder"
+    set -- "$(cd "$folder" && pwd)" "torch==$2" torchvision
 fi
 . "$(dirname "$0")/environment.sh"
 
 has torch || pip_install --no-cache-dir "${torch[@]}"
 keep_torch
-pip_install 'setuptools>=77' wheel ninja numpy packaging psutil opencv-python-headless
-# No cache: a later `make env` would take this mmcv out of it.
+# No cache: a later `make env` would take out of it the mmcv whose isolated build left the operators out.
 has_package onedl-mmcv ||
-    MMCV_WITH_OPS=0 pip_install --no-cache-dir --no-build-isolation --constraint "$constraints" onedl-mmcv==2.3.6
+    pip_install --no-cache-dir --constraint "$constraints" opencv-python-headless onedl-mmcv==2.3.6
+pip_install --constraint "$constraints" 'setuptools>=77' wheel
 pip_install --constraint "$constraints" --no-build-isolation --editable '.[all,test]'
-print_versions
+look mmdet mmseg mmpretrain.models
+[ -n "${NO_TESTS:-}" ] && exit
 
-say "Testing"
+say Testing
 log=$env_dir/tests.log
-OMP_NUM_THREADS=1 "$python" -m pytest -q $(make --no-print-directory operator-free-tests) "${pytest[@]}" 2>&1 | tee "$log" || true
+read -ra tests <<< "$(make --no-print-directory operator-free-tests)"
+OMP_NUM_THREADS=1 "$python" -m pytest -q "${tests[@]}" 2>&1 | tee "$log" || true
 "$python" -W ignore - "$log" << 'PYTHON'
-import platform, re, sys
+import platform, sys
 import torch, torchvision
-result = re.sub(r'=| in .*', '', open(sys.argv[1]).read().strip().splitlines()[-1]).strip()
+result = open(sys.argv[1]).read().strip().splitlines()[-1].strip('= ').split(' in ')[0]
 print(f'| {platform.python_version()} | {torch.__version__} | {torchvision.__version__} | {result} |')
 PYTHON

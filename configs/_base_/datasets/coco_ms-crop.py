@@ -1,6 +1,6 @@
 # Copyright (c) mmscalablevit contributors. All rights reserved.
-# DETR's augmentation, in place of what follows `loading`: another short side each time, and for half of
-# the images a crop before it.
+# DETR's augmentation, in place of what follows `loading`: another short side each time, and for
+# half of the images a crop before it.
 flip = dict(type='RandomFlip', prob=0.5)
 resize = dict(
     type='RandomChoiceResize',
