@@ -292,6 +292,7 @@ def build_runner(cfg: Config, loops: tuple[str, ...], strict: bool) -> Runner:
     _refuse(cfg, config_faults(cfg, loops, _known_keys()))
     _adapt_to_cpu(cfg)
     use_safe_loader()
+    cfg.setdefault('runner_type', 'SafeRunner')
     with config_errors(cfg):
         runner = RUNNERS.build(cfg)
         built = {loop: getattr(runner, loop) for loop in loops}
@@ -370,8 +371,6 @@ def _adapt_to_cpu(cfg: Config) -> None:
         wrapper.type = 'CPUAmpOptimWrapper'
         print_log('No accelerator: mixed precision runs in bfloat16 on CPU', logger='current')
     if cfg.launcher == 'pytorch' and not torch.distributed.is_initialized():
-        # mmengine would select a CUDA device first.
-        torch.distributed.init_process_group('gloo')
         cfg.model_wrapper_cfg = dict(
             type='MMDistributedDataParallel',
             device_ids=None,
@@ -379,7 +378,6 @@ def _adapt_to_cpu(cfg: Config) -> None:
             find_unused_parameters=cfg.get('find_unused_parameters', False),
         )
         cfg.sync_bn = None
-        print_log('No accelerator: gloo on CPU, where BN layers are not synchronized', 'current')
 
 
 def _data_paths(dataset: ConfigDict) -> Iterator[str]:

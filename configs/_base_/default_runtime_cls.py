@@ -1,4 +1,5 @@
 # Copyright (c) mmscalablevit contributors. All rights reserved.
+runner_type = 'SafeRunner'
 default_scope = 'mmpretrain'
 custom_imports = dict(
     imports=['mmscalablevit', 'mmscalablevit.models.cls_head'], allow_failed_imports=False

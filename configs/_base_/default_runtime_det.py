@@ -1,4 +1,5 @@
 # Copyright (c) mmscalablevit contributors. All rights reserved.
+runner_type = 'SafeRunner'
 default_scope = 'mmdet'
 custom_imports = dict(imports=['mmscalablevit'], allow_failed_imports=False)
 

@@ -1,25 +1,92 @@
 # Copyright (c) mmscalablevit contributors. All rights reserved.
 """Checkpoints that a model, a data set and a training must fit."""
 
+import atexit
+import contextlib
 import functools
 import logging
 import os
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from mmengine.config import Config
-from mmengine.dist import broadcast
+from mmengine.device import get_device
+from mmengine.dist import barrier, broadcast, is_distributed
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
+from mmengine.registry import RUNNERS
 from mmengine.runner import BaseLoop, Runner
+from torch import nn
 from torch.utils.data import DataLoader
 
 from ..checkpoint.reading import _misfit, check_values, find_weights
 from ..errors import CheckpointError, UserError, config_errors, one_line
+
+
+@RUNNERS.register_module()
+class SafeRunner(Runner):
+    """mmengine's ``Runner``, which ends what it has begun.
+
+    Where it connects the processes of a distributed job, it also disconnects them once all have
+    ended ``train``, ``val`` or ``test``; else threads of PyTorch outlive the interpreter and abort
+    it. A process that fails waits for nobody: its launcher ends the others.
+
+    Example:
+        >>> cfg = Config.fromfile('my_config.py')  # doctest: +SKIP
+        >>> cfg.runner_type = 'SafeRunner'  # doctest: +SKIP
+        >>> RUNNERS.build(cfg).train()  # doctest: +SKIP
+    """
+
+    def setup_env(self, env_cfg: dict) -> None:
+        """Set up the environment, and connect the processes of a distributed job.
+
+        Args:
+            env_cfg (dict): As of mmengine's ``Runner``. Without an accelerator, gloo connects the
+                processes.
+        """
+        self._connects = self.distributed and not is_distributed()
+        if self._connects and get_device() == 'cpu':
+            _connect_cpus(self.launcher)
+        super().setup_env(env_cfg)
+
+    def train(self) -> nn.Module:
+        """Train as mmengine's ``Runner``, to the end of all processes."""
+        with self._end_together():
+            return super().train()
+
+    def val(self) -> dict:
+        """Validate as mmengine's ``Runner``, to the end of all processes."""
+        with self._end_together():
+            return super().val()
+
+    def test(self) -> dict:
+        """Test as mmengine's ``Runner``, to the end of all processes."""
+        with self._end_together():
+            return super().test()
+
+    @contextlib.contextmanager
+    def _end_together(self) -> Iterator[None]:
+        atexit.unregister(_disconnect)
+        yield
+        barrier()
+        if self._connects:
+            atexit.register(_disconnect)
+
+
+def _disconnect() -> None:
+    if is_distributed():
+        torch.distributed.destroy_process_group()
+
+
+def _connect_cpus(launcher: str) -> None:
+    """Connect processes by gloo; mmengine would select a CUDA device first."""
+    if launcher == 'pytorch':
+        torch.distributed.init_process_group('gloo')
+        print_log('No accelerator: gloo on CPU, where BN layers are not synchronized', 'current')
 
 
 def guard_loading(runner: Runner, strict: bool) -> None:
