@@ -1,6 +1,7 @@
 # Copyright (c) mmscalablevit contributors. All rights reserved.
 """The converters of data sets: what they write is read back, and every fault is named."""
 
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -207,3 +208,204 @@ def test_faults_of_instance_maps(convert, tmp_path):
     assert 'instance map cannot be read' in said
     assert 'cells/maps/d.png' in said
     assert 'must both hold' in convert('instance_maps_to_coco.py', 'cells', 'out', *options[:2])[0]
+
+
+def write_yolo(root, folders, labels):
+    """A YOLO data set: by image, its lines."""
+    for name, lines in labels.items():
+        write_image(root / f'{folders[0]}/{name}.jpg')
+        if lines is not None:
+            path = root / f'{folders[1]}/{name}.txt'
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(lines)
+
+
+# Where the images and the labels are, what names the classes and the folders.
+YOLO_LAYOUTS = {
+    'ultralytics': (
+        ('images', 'labels'),
+        (
+            'data.yaml',
+            'path: ../nowhere\ntrain: images/train\nval: images/val\nnames: {0: cat, 1: dog}',
+        ),
+    ),
+    'roboflow': (
+        ('{}/images', '{}/labels'),
+        ('data.yaml', 'train: ../train/images\nval: ../val/images\nnames: [cat, dog]'),
+    ),
+    'classes.txt': (('images', 'labels'), ('classes.txt', 'cat\ndog\n')),
+    'lists': (
+        ('images', 'images'),
+        ('data.yaml', 'train: train.txt\nval: val.txt\nnames: [cat, dog]'),
+    ),
+}
+
+
+@pytest.mark.parametrize('layout', YOLO_LAYOUTS)
+def test_yolo(layout, convert, tmp_path):
+    (images, labels), (file, text) = YOLO_LAYOUTS[layout]
+    root = tmp_path / 'yolo'
+    for split, name, lines in (
+        ('train', 'a', '1 0.5 0.5 0.25 0.2\n0 0.0 0.0 0.5 0.0 0.5 0.5\n'),
+        ('train', 'b', None),
+        ('val', 'c', '0 0.5 0.5 1 1'),
+    ):
+        folders = [x.format(split) if '{}' in x else f'{x}/{split}' for x in (images, labels)]
+        write_yolo(root, folders, {name: lines})
+    (root / file).write_text(text)
+    (root / 'train.txt').write_text('./images/train/a.jpg\n./images/train/b.jpg\n')
+    (root / 'val.txt').write_text('./images/val/c.jpg\n')
+    code, said = convert('yolo_to_coco.py', 'yolo', 'out')
+
+    assert code == 0, said
+    coco, boxes = read('out/annotations/train.json')
+    assert boxes == {'a.jpg': [('dog', [15, 12, 10, 6]), ('cat', [0, 0, 20, 15])]}
+    # YOLO trains on images without a file of labels as background.
+    assert [x['file_name'] for x in coco.dataset['images']] == ['a.jpg', 'b.jpg']
+    assert 'warning: image has no object: yolo/' in said
+    assert coco.dataset['annotations'][1]['segmentation'] == [[0, 0, 20, 0, 20, 15]]
+    assert coco.dataset['annotations'][1]['area'] == pytest.approx(150, abs=20)
+    assert read('out/annotations/val.json')[1] == {'c.jpg': [('cat', [0, 0, 40, 30])]}
+
+
+def test_faults_of_yolo(convert, tmp_path):
+    lines = {'a': '2 0.5 0.5 0.1 0.1\n', 'b': '0 0.5 0.5 0.1\nx\n0 .5 .5 0 .1\n0 .5 .5 .2 .2'}
+    write_yolo(tmp_path / 'yolo', ('images', 'labels'), lines)
+    assert 'neither data.yaml nor classes.txt' in convert('yolo_to_coco.py', 'yolo', 'out')[0]
+    (tmp_path / 'yolo/classes.txt').write_text('cat\ndog')
+    code, said = convert('yolo_to_coco.py', 'yolo', 'out', '--val-share', 0.5)
+
+    assert 'nothing was written' in code
+    assert 'class number is not below 2: yolo/labels/a.txt line 1 2' in said
+    assert 'or a polygon (2 times): yolo/labels/b.txt line 1, yolo/labels/b.txt line 2' in said
+    assert 'box has no area: yolo/labels/b.txt line 3 cat' in said
+
+
+def shape(label, kind, points, group=None):
+    return dict(label=label, shape_type=kind, points=points, group_id=group)
+
+
+def write_labelme(path, *shapes, image=None, size=(40, 30)):
+    write_image(path.with_suffix('.jpg'))
+    content = dict(
+        version='5.0', shapes=shapes, imagePath=image or f'{path.stem}.jpg', imageData=None,
+        imageWidth=size[0], imageHeight=size[1],
+    )  # fmt: skip
+    path.with_suffix('.json').write_text(json.dumps(content))
+
+
+def test_labelme(convert, tmp_path):
+    write_labelme(
+        tmp_path / 'lm/train/a',
+        shape('dog', 'rectangle', [[22, 20], [2, 10]]),
+        shape('cat', 'polygon', [[0, 0], [10, 0], [10, 10]], 1),
+        shape('cat', 'polygon', [[20, 0], [30, 0], [30, 10]], 1),
+        shape('cat', 'circle', [[20, 15], [20, 20]]),
+        image='..\\elsewhere\\a.jpg',
+    )
+    write_labelme(tmp_path / 'lm/val/b', shape('cat', 'polygon', [[0, 0], [9, 0], [9, 9]]))
+    code, said = convert('labelme_to_coco.py', 'lm', 'out')
+
+    assert code == 0, said
+    coco, boxes = read('out/annotations/train.json')
+    rectangle, _, circle = boxes['a.jpg']
+    assert rectangle == ('cat', [0, 0, 30, 10]) or rectangle == ('dog', [2, 10, 20, 10])
+    assert {name for name, _ in boxes['a.jpg']} == {'cat', 'dog'}
+    assert ('cat', [0, 0, 30, 10]) in boxes['a.jpg']
+    assert circle[1] == pytest.approx([15, 10, 10, 10])
+    areas = [x['area'] for x in coco.dataset['annotations']]
+    assert areas[0] == 200
+    assert areas[1] == pytest.approx(2 * 50, abs=20)
+    assert areas[2] == pytest.approx(np.pi * 25, abs=8)
+
+
+def test_faults_of_labelme(convert, tmp_path):
+    sound = shape('cat', 'polygon', [[0, 0], [9, 0], [9, 9]])
+    write_labelme(tmp_path / 'lm/a', sound, shape('cat', 'line', [[0, 0], [9, 9]]))
+    write_labelme(tmp_path / 'lm/b', sound, size=(41, 30))
+    write_labelme(tmp_path / 'lm/c', sound, image='gone.jpg')
+    write_labelme(tmp_path / 'lm/d', sound)
+    write_labelme(tmp_path / 'lm/e', sound)
+    (tmp_path / 'lm/other.json').write_text('[1, 2]')
+    code, said = convert('labelme_to_coco.py', 'lm', 'out')
+
+    assert 'nothing was written' in code
+    for sentence in (
+        'line of 2 points has no area: lm/a.json shape 2 cat',
+        'lm/b.json (40x30 and not 41x30)',
+        'image does not exist: lm/gone.jpg',
+        'json is not of labelme: imagePath, or shapes of label and points: lm/other.json',
+    ):
+        assert sentence in said
+    assert convert('labelme_to_coco.py', 'lm', 'out', '--leave-out')[0] == 0
+    images = [x for s in ('train', 'val') for x in read(f'out/annotations/{s}.json')[1]]
+    assert sorted(images) == ['a.jpg', 'd.jpg', 'e.jpg']
+
+
+def write_masks(root, masks, suffix='.png'):
+    for name, mask in masks.items():
+        write_image(root / f'images/{name}.jpg', size=(4, 3))
+        write_map(root / f'masks/{name}{suffix}', mask)
+
+
+def labels_of(folder):
+    return {x.stem: np.array(Image.open(x)) for x in sorted(Path(folder).rglob('*.png'))}
+
+
+def test_label_maps_with_another_ignored_value(convert, tmp_path):
+    mask = np.array([[1, 2, 3, 9]] * 3, np.uint8)
+    write_masks(tmp_path / 'data', {'train/a': mask, 'val/b': mask})
+    options = ['--classes', 'sky,road,car', '--first', 1]
+    code, said = convert('masks_to_labels.py', 'data', 'out', *options)
+    assert 'nothing was written' in code
+    assert 'error: value 9 is not of a class nor ignored (2 times): data/masks/train/a' in said
+    assert not any(Path('out').iterdir())
+
+    code, said = convert('masks_to_labels.py', 'data', 'out', *options, '--ignore', 9)
+    assert code == 0, said
+    maps = labels_of('out/annotations')
+    assert maps.keys() == {'a', 'b'}
+    assert np.array_equal(maps['a'], [[0, 1, 2, 255]] * 3)
+    assert maps['a'].dtype == np.uint8
+    assert Path('out/images/val/b.jpg').exists()
+    assert Path('out/classes.txt').read_text().split() == ['sky', 'road', 'car']
+    assert (
+        '--ignore 3 is the value of a class'
+        in (convert('masks_to_labels.py', 'data', 'new', *options, '--ignore', 3)[0])
+    )
+
+
+def test_colored_masks(convert, tmp_path):
+    colors = np.array([[(0, 0, 0), (128, 0, 0), (0, 0, 128), (0, 0, 0)]] * 3, np.uint8)
+    write_masks(tmp_path / 'data', dict.fromkeys('abcde', colors), suffix='_L.png')
+    (tmp_path / 'colors.txt').write_text('128 0 0\tsky\n0 0 128  the road\n0,0,0 void\n')
+    options = ['--images', 'images', '--masks', 'masks', '--mask-suffix', '_L.png']
+    assert '--classes must name' in convert('masks_to_labels.py', 'data', 'out', *options)[0]
+    options += ['--colors', 'colors.txt', '--ignore']
+    assert 'has no viod' in convert('masks_to_labels.py', 'data', 'out', *options, 'viod')[0]
+    code, said = convert('masks_to_labels.py', 'data', 'out', *options, 'void')
+
+    assert code == 0, said
+    maps = labels_of('out/annotations')
+    assert len(labels_of('out/annotations/train')) == 4
+    for found in maps.values():
+        assert np.array_equal(found, [[255, 0, 1, 255]] * 3)
+    assert Path('out/classes.txt').read_text() == 'sky\nthe road\n'
+
+    (tmp_path / 'colors.txt').write_text('128 0 0 sky\n0 0 0 void')
+    code, said = convert('masks_to_labels.py', 'data', 'new', *options, 'void')
+    assert 'color 0 0 128 is not of a class nor ignored (5 times): data/masks/a_L.png' in said
+    code, said = convert('masks_to_labels.py', 'data', 'new', *options, 'void', '--leave-out')
+    assert code == 0
+    assert np.array_equal(labels_of('new/annotations')['a'], [[255, 0, 255, 255]] * 3)
+
+
+def test_faults_of_masks(convert, tmp_path):
+    mask = np.zeros((3, 4), np.uint8)
+    write_masks(tmp_path / 'data', {'train/a': mask, 'train/b': mask[:2], 'val/c': mask})
+    write_image(tmp_path / 'data/images/train/d.jpg', size=(4, 3))
+    code, said = convert('masks_to_labels.py', 'data', 'out', '--classes', 'sky')
+
+    assert 'nothing was written' in code
+    assert 'data/masks/train/b.png is 4x2 and not 4x3' in said
+    assert 'mask does not exist: data/masks/train/d.png' in said

@@ -177,7 +177,10 @@ def polygon_box(polygons: list[list[float]]) -> tuple[float, ...]:
 
 
 def convert(
-    args: argparse.Namespace, splits: dict[str, list[Source]], classes: list[str] | None = None
+    args: argparse.Namespace,
+    splits: dict[str, list[Source]],
+    classes: list[str] | None = None,
+    findings: Findings | None = None,
 ) -> None:
     """Read every source, and write the data set if nothing is at fault or faults are left out.
 
@@ -185,12 +188,13 @@ def convert(
         args (argparse.Namespace): Arguments of ``make_parser``.
         splits (dict[str, list[Source]]): Sources by split.
         classes (list[str] | None): Classes that DATA names. Defaults to the names that occur.
+        findings (Findings | None): What was found already. Defaults to None.
 
     Raises:
         UserError: If OUT holds a data set already, or something is at fault.
     """
     check_out(args, *(args.out / 'annotations' / f'{split}.json' for split in splits))
-    findings = Findings()
+    findings = findings or Findings()
     read = {
         split: [
             (source, size, objects)
