@@ -10,7 +10,7 @@ DEMO_DIR ?= work_dirs/demo
 OPENMMLAB_ENV ?= .venv-openmmlab
 OPENMMLAB_STAMP := $(OPENMMLAB_ENV)/.mmscalablevit-installed
 
-.PHONY: env demo test test-openmmlab operator-free-tests test-long lint docs
+.PHONY: env demo repeat test test-openmmlab operator-free-tests test-long lint docs
 
 env:
 	@tools/misc/setup_env.sh "$(ENV)" $(TORCH)
@@ -47,6 +47,11 @@ operator-free-tests:
 test-long: $(STAMP)
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m long -rP --timeout 7200 --numprocesses auto --maxprocesses 4 \
 		$(PYTEST_ARGS)
+
+# make repeat TESTS='tests/test_distributed.py -k killed' TIMES=30: how often each fails.
+TIMES ?= 30
+repeat: $(STAMP)
+	OMP_NUM_THREADS=1 $(PYTHON) tests/repeat.py $(TIMES) $(TESTS)
 
 lint: $(STAMP)
 	$(PYTHON) -m ruff check .

@@ -370,7 +370,7 @@ def _adapt_to_cpu(cfg: Config) -> None:
             wrapper.pop(key, None)
         wrapper.type = 'CPUAmpOptimWrapper'
         print_log('No accelerator: mixed precision runs in bfloat16 on CPU', logger='current')
-    if cfg.launcher == 'pytorch' and not torch.distributed.is_initialized():
+    if cfg.launcher in ('pytorch', 'slurm') and not torch.distributed.is_initialized():
         cfg.model_wrapper_cfg = dict(
             type='MMDistributedDataParallel',
             device_ids=None,

@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 
 from ..checkpoint.reading import _misfit, check_values, find_weights
 from ..errors import CheckpointError, UserError, config_errors, one_line
+from .hosts import connect_cpus, watch_hosts
 
 
 @RUNNERS.register_module()
@@ -50,8 +51,10 @@ class SafeRunner(Runner):
         """
         self._connects = self.distributed and not is_distributed()
         if self._connects and get_device() == 'cpu':
-            _connect_cpus(self.launcher)
+            connect_cpus(self.launcher)
         super().setup_env(env_cfg)
+        if self._connects:
+            watch_hosts()
 
     def train(self) -> nn.Module:
         """Train as mmengine's ``Runner``, to the end of all processes."""
@@ -80,13 +83,6 @@ class SafeRunner(Runner):
 def _disconnect() -> None:
     if is_distributed():
         torch.distributed.destroy_process_group()
-
-
-def _connect_cpus(launcher: str) -> None:
-    """Connect processes by gloo; mmengine would select a CUDA device first."""
-    if launcher == 'pytorch':
-        torch.distributed.init_process_group('gloo')
-        print_log('No accelerator: gloo on CPU, where BN layers are not synchronized', 'current')
 
 
 def guard_loading(runner: Runner, strict: bool) -> None:
