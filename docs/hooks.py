@@ -5,6 +5,7 @@ from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
 # Pages, their pictures, and the files that pages link to.
@@ -30,3 +31,17 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             name = path.relative_to(ROOT).as_posix()
             files.append(File.generated(config, name, abs_src_path=str(path)))
     return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """List the modules of the package on the API page, those that a user meets first on top."""
+    modules = [path.relative_to(ROOT) for path in (ROOT / 'mmscalablevit').rglob('*.py')]
+    names = [
+        '.'.join(path.with_suffix('').parts)
+        for path in modules
+        if '.mim' not in path.parts and path.name not in ('__init__.py', 'version.py')
+    ]
+    order = {'models': 0, 'engine': 1, 'checkpoint': 2, 'checks': 3}
+    names.sort(key=lambda name: (order.get(name.split('.')[1], 4), name))
+    sections = [f'## {name.split(".", 1)[1]}\n\n::: {name}' for name in names]
+    return markdown.replace('<!-- modules -->', '\n\n'.join(sections))

@@ -38,7 +38,8 @@ build_mmcv() {
     ln -s "$PWD/tools/misc/mmcv_cxx.sh" "$compiler/c++"
     export CXX_HEADER=$compiler/torch.hpp
     CXX_REAL=$(command -v c++)
-    export CXX_REAL
+    # For nvcc, too, the last word on the standard: see mmcv_cxx.sh.
+    export CXX_REAL NVCC_APPEND_FLAGS=-std=c++20
     # --no-build-isolation: an isolated build has no torch, and then leaves the operators out silently.
     if ! PATH=$compiler:$PATH "$python" -m pip install --verbose --disable-pip-version-check --no-build-isolation \
         --constraint "$constraints" "$@" "$MMCV" 2>&1 | tee "$log" |
