@@ -1,0 +1,307 @@
+# Copyright (c) mmscalablevit contributors. All rights reserved.
+"""Look at a data set in our layouts and write a short config that fits it.
+
+DATA is what the converters of ``tools/dataset_converters`` write: ``annotations/{train,val}.json``
+and ``{train,val}/`` for boxes and masks; ``images/{train,val}``, ``annotations/{train,val}`` and
+``classes.txt`` for label maps.
+"""
+
+import argparse
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from pprint import pformat
+
+import numpy as np
+from mmengine.config import Config
+from mmengine.utils import scandir
+from PIL import Image
+
+from mmscalablevit import cli
+from mmscalablevit.errors import UserError
+
+CONFIGS = Path(__file__).parents[2] / 'configs'
+BASES = dict(
+    detection='detection/retinanet_scalablevit-{}_fpn_1x_coco.py',
+    instance='detection/mask-rcnn_scalablevit-{}_fpn_1x_coco.py',
+    segmentation='segmentation/scalablevit-{}_upernet_8xb2-160k_ade20k-512x512.py',
+)
+# Longest and shortest side that an image is scaled to; the small network is for CPUs.
+LARGEST = dict(demo=(320, 320))
+# Sides of objects, in pixels, below which the standard anchors find few of them.
+SMALL_OBJECT = 24
+OPENED = 500
+HEAD = """# {count} images to train on, {val_count} to validate; {classes} classes, {sizes}.
+# Written by tools/misc/new_config.py; every line is yours to change.
+_base_ = __import__('mmscalablevit').__path__[0] + (
+    '/.mim/configs/{base}'
+)
+
+data_root = {root!r}
+metainfo = dict(
+    classes={names}
+)
+num_classes = {classes}
+"""
+DETECTION = """
+# Longest and shortest side of the scaled images: nine tenths of yours are no larger.
+scale = {scale}
+
+
+def scaled(pipeline):
+    return [dict(step, scale=scale) if step['type'] == 'Resize' else step for step in pipeline]
+
+
+data = dict(data_root=data_root, metainfo=metainfo)
+train = dict(ann_file='annotations/train.json', data_prefix=dict(img='train/'))
+val = dict(ann_file='annotations/val.json', data_prefix=dict(img='val/'))
+train_dataloader = dict(
+    batch_size={batch}, dataset=dict(**data, **train, pipeline=scaled(_base_.train_pipeline))
+)
+val_dataloader = dict(dataset=dict(**data, **val, pipeline=scaled(_base_.test_pipeline)))
+test_dataloader = val_dataloader
+val_evaluator = dict(ann_file=data_root + 'annotations/val.json')
+test_evaluator = val_evaluator
+
+max_epochs = {epochs}
+train_cfg = dict(max_epochs=max_epochs, val_interval={interval})
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end={warmup}),
+    dict(type='MultiStepLR', end=max_epochs, milestones=[{drop1}, {drop2}]),
+]
+default_hooks = dict(checkpoint=dict(interval={interval}, save_best='auto'))
+"""
+SEGMENTATION = """
+# Shortest side of the scaled images, which are cropped to train on.
+side = {side}
+crop_size = {crop}
+
+
+def scaled(pipeline):
+    sizes = dict(scale=(4 * side, side), crop_size=crop_size)
+    return [
+        dict(step, **{{key: size for key, size in sizes.items() if key in step}})
+        for step in pipeline
+    ]
+
+
+data = dict(
+    type='BaseSegDataset',
+    data_root=data_root,
+    metainfo=metainfo,
+    img_suffix={suffix!r},
+    seg_map_suffix='.png',
+    reduce_zero_label=False,
+)
+train = dict(img_path='images/train', seg_map_path='annotations/train')
+val = dict(img_path='images/val', seg_map_path='annotations/val')
+train_dataloader = dict(
+    batch_size={batch},
+    dataset=dict(**data, data_prefix=train, pipeline=scaled(_base_.train_pipeline)),
+)
+val_dataloader = dict(
+    dataset=dict(**data, data_prefix=val, pipeline=scaled(_base_.test_pipeline))
+)
+test_dataloader = val_dataloader
+
+# {epochs} times through the images
+max_iters = {iters}
+train_cfg = dict(max_iters=max_iters, val_interval={interval})
+param_scheduler = [
+    dict(type='LinearLR', start_factor=1e-3, by_epoch=False, begin=0, end={warmup}),
+    dict(type='PolyLR', power=1.0, eta_min=0.0, by_epoch=False, begin={warmup}, end=max_iters),
+]
+default_hooks = dict(checkpoint=dict(interval={interval}))
+"""
+OPTIMIZER = """
+# The recipe's rate is for 16 images an iteration; AdamW's falls with the root of the batch.
+optim_wrapper = dict(optimizer=dict(lr={lr:.2g}){clip})
+# With --auto-scale-lr: for other batches, or several GPUs
+auto_scale_lr = dict(base_batch_size={batch})
+"""
+
+
+def look_at_coco(root: Path) -> dict:
+    """What the annotation files of a data set hold: classes, sizes and counts."""
+    found = {}
+    for split in ('train', 'val'):
+        path = root / 'annotations' / f'{split}.json'
+        if not path.is_file():
+            raise UserError(f'{path} does not exist; tools/dataset_converters writes this layout')
+        found[split] = json.loads(path.read_text())
+    train = found['train']
+    if not train['images'] or not train['annotations']:
+        raise UserError(f'{root / "annotations" / "train.json"} has no image or no object')
+    per_image = Counter(
+        (split, x['image_id']) for split in found for x in found[split]['annotations']
+    )
+    return dict(
+        names=tuple(category['name'] for category in train['categories']),
+        sizes=np.array([(image['width'], image['height']) for image in train['images']]),
+        count=len(train['images']),
+        val_count=len(found['val']['images']),
+        objects=np.sqrt([x['bbox'][2] * x['bbox'][3] for x in train['annotations']]),
+        most=max(per_image.values()),
+        masks=all(x.get('segmentation') for x in train['annotations']),
+    )
+
+
+def look_at_label_maps(root: Path) -> dict:
+    """What a data set of label maps holds: classes, image sizes and counts."""
+    folders = {split: root / 'images' / split for split in ('train', 'val')}
+    for path in (*folders.values(), root / 'classes.txt'):
+        if not path.exists():
+            raise UserError(f'{path} does not exist; masks_to_labels.py writes this layout')
+    images = {split: sorted(scandir(str(folders[split]), recursive=True)) for split in folders}
+    suffixes = {Path(image).suffix for image in (*images['train'], *images['val'])}
+    if len(suffixes) != 1:
+        raise UserError(
+            f'images in {root / "images"} must have one suffix, found {", ".join(sorted(suffixes))}'
+        )
+    sizes = []
+    for image in images['train'][:: math.ceil(len(images['train']) / OPENED)]:
+        with Image.open(folders['train'] / image) as opened:
+            sizes.append(opened.size)
+    return dict(
+        names=tuple((root / 'classes.txt').read_text().strip().split('\n')),
+        sizes=np.array(sizes),
+        count=len(images['train']),
+        val_count=len(images['val']),
+        suffix=suffixes.pop(),
+    )
+
+
+def target_scale(found: dict, size: str) -> tuple[int, int]:
+    """Longest and shortest side of the scaled images."""
+    longest, shortest = LARGEST.get(size, (1333, 800))
+    sides = np.percentile(np.sort(found['sizes'], axis=1)[:, ::-1], 90, axis=0)
+    factor = min(longest / sides[0], shortest / sides[1])
+    # Enlarge up to twice where objects are small then, else only shrink.
+    enlarged = sides[1] / np.median(found['sizes'].min(axis=1))
+    grow = np.clip(32 / (np.percentile(found['objects'], 25) * enlarged), 1, 2)
+    return tuple(round(float(side * min(factor, grow))) for side in sides)
+
+
+def model_lines(args: argparse.Namespace, found: dict, scale: tuple[int, int] | None) -> list[str]:
+    """The model: backbone, classes, and what small or many objects need."""
+    lines = []
+    if args.size == 'demo':
+        demo = Config.fromfile(CONFIGS / '_base_' / 'backbones' / 'scalablevit-demo.py')
+        dims, backbone = demo.embed_dims, dict(demo.backbone.to_dict(), _delete_=True)
+        place = 'decode_head' if args.task == 'segmentation' else 'neck'
+        lines += [f'backbone={pformat(backbone, width=88)},', f'{place}=dict(in_channels={dims}),']
+        if args.task == 'segmentation':
+            lines.append(f'auxiliary_head=dict(in_channels={dims[2]}),')
+    elif args.from_scratch:
+        lines += ['# No pretrained weights', 'backbone=dict(init_cfg=None),']
+    classes = 'dict(num_classes=num_classes)'
+    if args.task == 'segmentation':
+        lines = [
+            line.replace('in_channels', 'num_classes=num_classes, in_channels') for line in lines
+        ]
+        if args.size != 'demo':
+            lines += [f'decode_head={classes},', f'auxiliary_head={classes},']
+        lines.append('data_preprocessor=dict(size=crop_size),')
+        return lines
+    anchors = ''
+    # How much training enlarges the objects.
+    factor = min(np.array(scale) / np.sort(np.median(found['sizes'], axis=0))[::-1])
+    if np.percentile(found['objects'], 10) * factor < SMALL_OBJECT:
+        key = 'octave_base_scale=2' if args.task == 'detection' else 'scales=[4]'
+        anchors = f', anchor_generator=dict({key})'
+        lines.append('# Anchors of half the standard size: a tenth of your objects is small.')
+    if args.task == 'detection':
+        lines.append(f'bbox_head=dict(num_classes=num_classes{anchors}),')
+    else:
+        if anchors:
+            lines.append(f'rpn_head=dict({anchors[2:]}),')
+        lines.append(f'roi_head=dict(bbox_head={classes}, mask_head={classes}),')
+    if found['most'] > 80:
+        limit = math.ceil(found['most'] * 1.2 / 100) * 100
+        lines.append(f'# An image of yours has {found["most"]} objects.')
+        limits = f'dict(max_per_img={limit})'
+        if args.task == 'detection':
+            lines.append(f'test_cfg={limits},')
+        else:
+            rpn = f'rpn=dict(nms_pre={3 * limit}, max_per_img={3 * limit}), ' if limit > 333 else ''
+            lines.append(f'test_cfg=dict({rpn}rcnn={limits}),')
+    return lines
+
+
+def write_config(args: argparse.Namespace) -> str:
+    """The text of the config."""
+    segmentation = args.task == 'segmentation'
+    found = (look_at_label_maps if segmentation else look_at_coco)(args.data)
+    if args.task == 'instance' and not found['masks']:
+        raise UserError(f'{args.data} has boxes without masks; --task detection trains on these')
+    scratch = args.from_scratch or args.size == 'demo'
+    low, high = np.median(found['sizes'], axis=0).astype(int), found['sizes'].max(axis=0)
+    values = dict(
+        dict(found, names=pformat(found['names'], width=88, compact=True)),
+        base=BASES[args.task].format('s' if args.size == 'demo' else args.size),
+        root=f'{args.data.as_posix()}/',
+        classes=len(found['names']),
+        sizes=f'mostly {low[0]}x{low[1]}, up to {high[0]}x{high[1]}',
+    )
+    scale = None
+    if segmentation:
+        side = min(np.median(found['sizes'].min(axis=1)), LARGEST.get(args.size, (0, 1024))[1])
+        crop = min(512, max(64, int(side) // 32 * 32))
+        values.update(side=int(side), crop=(crop, crop), batch=4)
+        seen = min(max(200 * found['count'], 40_000), 1_280_000)
+    else:
+        scale = target_scale(found, args.size)
+        batch = int(np.clip(2 * 1333 * 800 / (scale[0] * scale[1]), 2, 8))
+        values.update(scale=scale, batch=batch)
+        seen = max(24_000, 12 * found['count'])
+    epochs = args.epochs or min(max(seen * (1 + scratch) // found['count'], 12), 300)
+    iters = max(1, epochs * found['count'] // values['batch'])
+    # From scratch, a small network bears a higher rate than the recipe of fine-tuning.
+    rate = 1e-3 if args.size == 'demo' else 2e-4 if scratch else 6e-5 if segmentation else 1e-4
+    values.update(
+        epochs=epochs,
+        iters=iters,
+        interval=max(1, (iters if segmentation else epochs) // 10),
+        warmup=max(1, min(1000, iters // 20)),
+        drop1=max(1, epochs * 2 // 3),
+        drop2=max(1, epochs * 11 // 12),
+        lr=rate * math.sqrt(values['batch'] / 16),
+        clip=', clip_grad=dict(max_norm=1.0)' if scratch else '',
+    )
+    parts = (HEAD, SEGMENTATION if segmentation else DETECTION, OPTIMIZER)
+    head, data, optimizer = (part.format(**values) for part in parts)
+    model = '\n    '.join(model_lines(args, found, scale))
+    return f'{head}{data}\nmodel = dict(\n    {model}\n)\n{optimizer}'
+
+
+def parse_args() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description='Look at a data set and write a short config that fits it.',
+        epilog='example: python tools/misc/new_config.py data/cells --task instance --out my.py',
+    )
+    parser.add_argument('data', type=Path, metavar='DATA', help='folder the converters wrote')
+    parser.add_argument('--task', choices=BASES, required=True)
+    parser.add_argument(
+        '--size', choices=('demo', 's', 'b', 'l'), default='s', help='network; demo is for CPUs'
+    )
+    parser.add_argument('--out', type=Path, default=Path('my.py'), help='default: my.py')
+    parser.add_argument('--from-scratch', action='store_true', help='no pretrained weights')
+    parser.add_argument(
+        '--epochs', type=int, metavar='N', help='length; default: by the number of images'
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Write the config."""
+    args = parse_args()
+    if args.out.exists():
+        raise UserError(f'{args.out} exists; name another file with --out')
+    args.out.write_text(write_config(args))
+    print(f'{args.out} is written; next: python tools/check_data.py {args.out}')
+
+
+if __name__ == '__main__':
+    cli.run(main)
