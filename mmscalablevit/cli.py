@@ -249,11 +249,11 @@ def check_data(cfg: Config, loaders: tuple[str, ...]) -> None:
         mmscalablevit.cli.UserError: test_dataloader: data/coco/val.json does not exist; ...
     """
     for loader in loaders:
-        for path in _data_paths((cfg.get(loader) or {}).get('dataset') or {}):
+        for key, path in _data_paths((cfg.get(loader) or {}).get('dataset') or {}):
             if '://' not in path and not osp.exists(path):
                 raise UserError(
-                    f'{loader}: {path} does not exist; put the data there or name its folder with '
-                    f'--cfg-options {loader}.dataset.data_root=DIR'
+                    f'{loader}: {path} does not exist; put the data there or name it with '
+                    f'--cfg-options {loader}.dataset.{key}=PATH'
                 )
     for loader in loaders:
         for leaf in data_sets((cfg.get(loader) or {}).get('dataset') or ConfigDict()):
@@ -380,18 +380,25 @@ def _adapt_to_cpu(cfg: Config) -> None:
         cfg.sync_bn = None
 
 
-def _data_paths(dataset: ConfigDict) -> Iterator[str]:
+def _data_paths(dataset: ConfigDict, inside: str = '') -> Iterator[tuple[str, str]]:
+    """Every path of a data set, with the key that names it."""
     if dataset.get('type') in _DOWNLOADED:
         return
-    for nested in [dataset.get('dataset'), *dataset.get('datasets', [])]:
-        if nested:
-            yield from _data_paths(nested)
+    nested = {'dataset.': dataset.get('dataset')}
+    nested |= {f'datasets.{i}.': inner for i, inner in enumerate(dataset.get('datasets', []))}
+    for key, inner in nested.items():
+        if inner:
+            yield from _data_paths(inner, inside + key)
     root = dataset.get('data_root') or ''
     if root:
-        yield root
+        yield f'{inside}data_root', root
     prefix = dataset.get('data_prefix') or {}
-    names = [dataset.get('ann_file'), *(prefix.values() if isinstance(prefix, dict) else [prefix])]
-    yield from (osp.join(root, name) for name in names if isinstance(name, str) and name)
+    prefix = prefix if isinstance(prefix, dict) else {'': prefix}
+    names = {'ann_file': dataset.get('ann_file')}
+    names |= {f'data_prefix.{key}'.rstrip('.'): name for key, name in prefix.items()}
+    for key, name in names.items():
+        if isinstance(name, str) and name:
+            yield inside + key, osp.join(root, name)
 
 
 def _refuse(cfg: Config, faults: Iterable[str]) -> None:

@@ -136,7 +136,7 @@ def test_download_unpack_and_check(tool, server, tmp_path, monkeypatch, capfd):
     assert '2 images with masks, 150 classes' in said
     for name, content in label_maps().items():
         assert (tmp_path / 'ade' / name).read_bytes() == content
-    assert not list((tmp_path / 'ade').glob('*.zip*'))
+    assert not list((tmp_path / 'ade').glob('ADE*.zip*'))
     # A second call downloads nothing.
     monkeypatch.setattr(tool.subprocess, 'call', lambda command: 0)
     with pytest.raises(SystemExit):

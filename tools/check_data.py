@@ -7,27 +7,21 @@ their EXIF tag. This reads what the data loaders of a config would read and list
 """
 
 import argparse
-import os
 import os.path as osp
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 from mmengine.config import Config, ConfigDict, DictAction
-from mmengine.dataset import BaseDataset
 from mmengine.registry import DATASETS, init_default_scope
-from PIL import Image
-from rich.console import Console
-from rich.progress import track
 
 from mmscalablevit import cli
-from mmscalablevit.checks.coco import Findings, check_coco_file
-from mmscalablevit.checks.config import head_classes
+from mmscalablevit.checks.config import check_data_set, class_faults
+from mmscalablevit.checks.files import SAMPLE, all_exist
+from mmscalablevit.checks.findings import Findings
 from mmscalablevit.checks.pipeline import data_sets
+from mmscalablevit.errors import UserError
 
-CONFIGS = Path(__file__).parents[2] / 'configs'
+CONFIGS = Path(__file__).parents[1] / 'configs'
 STANDARD = {
     'coco': CONFIGS / 'detection' / 'mask-rcnn_scalablevit-s_fpn_1x_coco.py',
     'ade20k': CONFIGS / 'segmentation' / 'scalablevit-s_upernet_8xb2-160k_ade20k-512x512.py',
@@ -39,200 +33,6 @@ OFFICIAL_COUNTS = {
     ('ADE20KDataset', 'training'): 20210,
     ('ADE20KDataset', 'validation'): 2000,
 }
-SAMPLE = 200
-EXIF_ORIENTATION = 0x0112
-QUARTER_TURNS = (5, 6, 7, 8)
-
-
-def sample(items: list, full: bool) -> list:
-    """All items, or some spread evenly over them."""
-    if full or len(items) <= SAMPLE:
-        return items
-    return [items[i * len(items) // SAMPLE] for i in range(SAMPLE)]
-
-
-def progress(items: Iterable, total: int, what: str) -> Iterable:
-    """A progress bar on stderr, where that is a terminal."""
-    console = Console(stderr=True)
-    hidden = not console.is_terminal
-    return track(items, what, total=total, console=console, transient=True, disable=hidden)
-
-
-def in_threads(function: Callable, items: list, what: str) -> Iterator:
-    """``function`` of every item, in order, with a progress bar."""
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        yield from progress(pool.map(function, items), len(items), what)
-
-
-def read_size(path: str) -> tuple[int, int] | str:
-    """Width and height as the toolboxes load an image, or why it cannot be read."""
-    try:
-        with Image.open(path) as image:
-            image.load()
-            width, height = image.size
-            turned = image.getexif().get(EXIF_ORIENTATION) in QUARTER_TURNS
-    # Damaged files raise errors of many types.
-    except Exception as error:
-        return str(error)
-    return (height, width) if turned else (width, height)
-
-
-def read_labels(path: str) -> np.ndarray | str:
-    """A label map, or why it cannot be read."""
-    try:
-        with Image.open(path) as image:
-            return np.array(image)
-    except Exception as error:
-        return str(error)
-
-
-def check_coco(
-    dataset: BaseDataset, with_masks: bool, evaluated: bool, full: bool, findings: Findings
-) -> str:
-    """Check a data set of COCO's format.
-
-    Args:
-        dataset (BaseDataset): mmdet's ``CocoDataset``, not yet initialized.
-        with_masks (bool): Whether the pipeline loads masks.
-        evaluated (bool): Whether the set serves validation or test.
-        full (bool): Whether every image is opened and not a sample.
-        findings (Findings): Takes the faults.
-
-    Returns:
-        str: What the set holds.
-
-    Example:
-        >>> check_coco(dataset, True, False, False, Findings())  # doctest: +SKIP
-        '40 images, 312 annotations, 80 categories'
-    """
-    path, folder = dataset.ann_file, dataset.data_prefix.get('img', '')
-    if not found([(osp.isfile, path), (osp.isdir, folder)], findings):
-        return ''
-    entries = check_coco_file(dataset, with_masks, evaluated, findings)
-    if entries is None:
-        return ''
-
-    files = [(osp.join(folder, image['file_name']), image) for image in entries['images']]
-    there = []
-    for file, image in progress(files, len(files), 'images listed'):
-        if osp.isfile(file):
-            there.append((file, image))
-        else:
-            findings.error(f'image of {path} does not exist', file)
-
-    chosen = sample(there, full)
-    sizes = in_threads(read_size, [file for file, _ in chosen], 'image sizes')
-    for (file, image), size in zip(chosen, sizes, strict=True):
-        if isinstance(size, str):
-            findings.error('image cannot be read', f'{file} ({size})')
-        elif size != (image['width'], image['height']):
-            findings.error(
-                f'image has another size (EXIF rotation applied) than in {path}',
-                f'{file} is {size[0]}x{size[1]} and not {image["width"]}x{image["height"]}',
-            )
-    return ', '.join(f'{len(values)} {part}' for part, values in entries.items())
-
-
-def check_label_map(path: str, size: tuple, dataset: BaseDataset, findings: Findings) -> set[int]:
-    """Check one label map and return the classes that occur in it."""
-    labels = read_labels(path)
-    if isinstance(labels, str):
-        findings.error('mask cannot be read', f'{path} ({labels})')
-        return set()
-    if labels.ndim != 2:
-        findings.error(
-            'mask is a color image; it must have one channel that holds class numbers', path
-        )
-        return set()
-    if labels.shape[::-1] != size:
-        findings.error(
-            'mask is not of the size of its image',
-            f'{path} is {labels.shape[1]}x{labels.shape[0]} and not {size[0]}x{size[1]}',
-        )
-    values = set(np.unique(labels).tolist())
-    ignored = {dataset.ignore_index, 0} if dataset.reduce_zero_label else {dataset.ignore_index}
-    # Zero is dropped and the classes count from 1 where reduce_zero_label is set.
-    first = int(dataset.reduce_zero_label)
-    count = len(dataset.label_map or dataset.metainfo['classes'])
-    allowed = {*range(first, first + count), *ignored}
-    if values - allowed:
-        findings.error(
-            f'mask has values other than {first} to {first + count - 1}, for {count} classes with '
-            f'reduce_zero_label={dataset.reduce_zero_label}, and {sorted(ignored)}, which are '
-            'ignored',
-            f'{path} has {", ".join(map(str, sorted(values - allowed)[:5]))}',
-        )
-    return {int(value) - first for value in values - ignored}
-
-
-def check_segmentation(dataset: BaseDataset, full: bool, findings: Findings) -> str:
-    """Check images and their label maps.
-
-    Args:
-        dataset (BaseDataset): mmseg's ``BaseSegDataset``, not yet initialized.
-        full (bool): Whether every image is opened and not a sample.
-        findings (Findings): Takes the faults.
-
-    Returns:
-        str: What the set holds.
-
-    Example:
-        >>> check_segmentation(dataset, False, Findings())  # doctest: +SKIP
-        '40 images with masks, 150 classes'
-    """
-    images, masks = (dataset.data_prefix.get(key, '') for key in ('img_path', 'seg_map_path'))
-    needed = [(osp.isdir, images), (osp.isdir, masks)]
-    if dataset.ann_file:
-        needed.append((osp.exists, dataset.ann_file))
-    if not found(needed, findings):
-        return ''
-    pairs = [(data['img_path'], data['seg_map_path']) for data in dataset.load_data_list()]
-    if not pairs:
-        findings.error(f'no image ends in img_suffix={dataset.img_suffix!r}', images)
-    listed = not dataset.ann_file or osp.isdir(dataset.ann_file)
-    if listed:
-        check_leftovers(images, dataset.img_suffix, {image for image, _ in pairs}, findings)
-        check_leftovers(masks, dataset.seg_map_suffix, {mask for _, mask in pairs}, findings)
-
-    there = []
-    for image, mask in progress(pairs, len(pairs), 'images and masks'):
-        if not osp.isfile(image):
-            findings.error(f'image of {dataset.ann_file} does not exist', image)
-        elif not osp.isfile(mask):
-            findings.error('mask does not exist', mask)
-        else:
-            there.append((image, mask))
-
-    chosen = sample(there, full)
-    sizes = in_threads(read_size, [image for image, _ in chosen], 'images and label values')
-    occurring = set()
-    for (image, mask), size in zip(chosen, sizes, strict=True):
-        if isinstance(size, str):
-            findings.error('image cannot be read', f'{image} ({size})')
-        else:
-            occurring |= check_label_map(mask, size, dataset, findings)
-    if chosen and len(chosen) == len(pairs) and dataset.label_map is None:
-        for i, name in enumerate(dataset.metainfo['classes']):
-            if i not in occurring:
-                findings.warn(f'class has no pixel in {masks}', repr(name))
-    return f'{len(there)} images with masks, {len(dataset.metainfo["classes"])} classes'
-
-
-def check_leftovers(folder: str, suffix: str, used: set[str], findings: Findings) -> None:
-    """Warn of files that no image-mask pair uses."""
-    used = {osp.normpath(path) for path in used}
-    for path in sorted(Path(folder).rglob('*')):
-        if path.is_file() and osp.normpath(path) not in used:
-            findings.warn(f'file has no partner or does not end in {suffix}: not used', path)
-
-
-def found(needed: list[tuple[Callable, str]], findings: Findings) -> bool:
-    """Whether all paths exist, each of its kind; the absent ones are added to the findings."""
-    absent = [(test, path) for test, path in needed if not test(path)]
-    for test, path in absent:
-        kind = 'folder' if test is osp.isdir else 'file'
-        findings.error(f'{kind} does not exist', path or 'none is named in the config')
-    return not absent
 
 
 def check_dataset(cfg: Config, loader: str, leaf: ConfigDict, full: bool) -> tuple[str, Findings]:
@@ -255,59 +55,31 @@ def check_dataset(cfg: Config, loader: str, leaf: ConfigDict, full: bool) -> tup
         >>> check_dataset(cfg, 'train_dataloader', dataset, full=False)  # doctest: +SKIP
     """
     findings = Findings()
-    evaluated = loader != 'train_dataloader'
-    classes = (leaf.get('metainfo') or {}).get('classes')
-    if isinstance(classes, str) and not osp.isfile(classes):
-        findings.error('metainfo.classes must be a tuple; a single class needs a comma', classes)
-        return '', findings
     root = leaf.get('data_root')
-    if root and '://' not in root and not found([(osp.isdir, root)], findings):
+    if root and '://' not in root and not all_exist([(osp.isdir, root)], findings):
         return '', findings
     try:
+        summary = check_data_set(cfg, loader, leaf, findings, full)
         dataset = DATASETS.build(dict(leaf, pipeline=[], lazy_init=True))
     except (AssertionError, KeyError, TypeError, ValueError) as error:
-        raise cli.UserError(
+        raise UserError(
             f'{loader}: the data set cannot be built: {type(error).__name__}: {error}'
         ) from error
-    if not dataset.metainfo.get('classes'):
-        findings.error('data set has no classes', f'{loader}.dataset.metainfo')
-        return '', findings
-
-    kind = dataset_kind(dataset, loader)
-    if kind == 'coco':
-        with_masks = any(step.get('with_mask') for step in leaf.get('pipeline', []))
-        summary = check_coco(dataset, with_masks, evaluated, full, findings)
-        name = osp.basename(dataset.ann_file)
-    else:
-        summary = check_segmentation(dataset, full, findings)
-        name = osp.basename(osp.normpath(dataset.data_prefix['img_path']))
-    check_num_classes(cfg, len(dataset.metainfo['classes']), findings)
-    if evaluated and kind == 'coco':
+    if summary is None:
+        raise UserError(
+            f'{loader}: {type(dataset).__name__} cannot be checked, only boxes and masks of mmdet '
+            'and images with label maps of mmseg in local files'
+        )
+    for fault in class_faults(cfg, loader, dataset):
+        findings.error(*fault.split(', but ', 1))
+    if loader != 'train_dataloader' and dataset.ann_file:
         check_evaluator(cfg, loader, dataset.ann_file, findings)
+    prefix = dataset.data_prefix.get('img_path')
+    name = osp.basename(osp.normpath(prefix) if prefix else dataset.ann_file)
     official = OFFICIAL_COUNTS.get((leaf.type, name)) if 'metainfo' not in leaf else None
     if summary and official and not summary.startswith(f'{official} '):
         findings.warn(f'the official set has {official} images', summary)
     return summary, findings
-
-
-def dataset_kind(dataset: BaseDataset, loader: str) -> str:
-    """'coco' or 'segmentation'."""
-    names = {base.__name__ for base in type(dataset).__mro__}
-    if 'CocoDataset' in names:
-        return 'coco'
-    if 'BaseSegDataset' in names:
-        return 'segmentation'
-    raise cli.UserError(
-        f'{loader}: {type(dataset).__name__} cannot be checked, only data sets in COCO format '
-        '(CocoDataset) and images with label maps (BaseSegDataset)'
-    )
-
-
-def check_num_classes(cfg: Config, count: int, findings: Findings) -> None:
-    """Compare the heads with the number of classes."""
-    for key, value in head_classes(cfg.get('model')):
-        if value != count:
-            findings.error(f'must be {count}, the number of classes', f'{key}={value}')
 
 
 def check_evaluator(cfg: Config, loader: str, ann_file: str, findings: Findings) -> None:
@@ -362,7 +134,7 @@ def main() -> None:
     args = parse_args()
     standard = args.config in STANDARD
     if args.root and not standard:
-        raise cli.UserError(
+        raise UserError(
             '--root belongs to coco and ade20k; for a config: '
             '--cfg-options train_dataloader.dataset.data_root=DIR'
         )
@@ -386,7 +158,7 @@ def main() -> None:
                 print(f'  {line}')
             errors += len(findings.errors)
     if not done:
-        raise cli.UserError(f'config {args.config} has no data loader')
+        raise UserError(f'config {args.config} has no data loader')
     if errors:
         print(f'{errors} {"kind" if errors == 1 else "kinds"} of errors found')
         sys.exit(1)

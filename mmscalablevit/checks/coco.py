@@ -3,13 +3,15 @@
 
 import json
 import math
+import os.path as osp
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 from mmengine.dataset import BaseDataset
 
-NAMED = 3
+from .files import all_exist, check_images, warn_of_huge
+from .findings import Findings
+
 NUMBER = (int, float)
 _SHORT = 'polygon is not of at least 3 points x, y'
 REQUIRED_KEYS = dict(
@@ -17,39 +19,6 @@ REQUIRED_KEYS = dict(
     annotations=dict(id=int, image_id=(int, str), category_id=int, bbox=list, area=NUMBER),
     categories=dict(id=int, name=str),
 )
-
-
-class Findings:
-    """The faults of one data set, each with every place where it was found.
-
-    Example:
-        >>> findings = Findings()
-        >>> findings.error('image does not exist', '1.jpg')
-        >>> findings.error('image does not exist', '2.jpg')
-        >>> list(findings.lines())
-        ['error: image does not exist (2 times): 1.jpg, 2.jpg']
-    """
-
-    def __init__(self) -> None:
-        self.errors: dict[str, list[str]] = {}
-        self.warnings: dict[str, list[str]] = {}
-
-    def error(self, fault: str, place: object) -> None:
-        """Add what breaks or silently spoils training."""
-        self.errors.setdefault(fault, []).append(str(place))
-
-    def warn(self, fault: str, place: object) -> None:
-        """Add what is allowed but perhaps not meant."""
-        self.warnings.setdefault(fault, []).append(str(place))
-
-    def lines(self) -> Iterator[str]:
-        """One line for each fault: how often, and the first places."""
-        for kind, faults in (('error', self.errors), ('warning', self.warnings)):
-            for fault, places in faults.items():
-                more = len(places) - NAMED
-                count = f' ({len(places)} times)' if len(places) > 1 else ''
-                rest = f' and {more} more' if more > 0 else ''
-                yield f'{kind}: {fault}{count}: {", ".join(places[:NAMED])}{rest}'
 
 
 def check_coco_file(
@@ -75,8 +44,113 @@ def check_coco_file(
     if entries is not None:
         _check_categories(dataset.ann_file, entries, dataset.metainfo['classes'], findings)
         classes = dataset.metainfo['classes']
+        for image in entries['images']:
+            warn_of_huge(image['width'], image['height'], image['file_name'], findings)
         _check_annotations(dataset.ann_file, entries, classes, with_masks, evaluated, findings)
     return entries
+
+
+def check_coco(
+    dataset: BaseDataset, with_masks: bool, evaluated: bool, full: bool, findings: Findings
+) -> dict | None:
+    """Check a data set of COCO's format with its images.
+
+    Args:
+        dataset (BaseDataset): mmdet's ``CocoDataset``, not yet initialized.
+        with_masks (bool): Whether the pipeline loads masks.
+        evaluated (bool): Whether the set serves validation or test.
+        full (bool): Whether every image is opened and not a sample.
+        findings (Findings): Takes the faults.
+
+    Returns:
+        dict | None: As of ``check_coco_file``.
+
+    Example:
+        >>> check_coco(dataset, True, False, False, Findings())  # doctest: +SKIP
+    """
+    path, folder = dataset.ann_file, dataset.data_prefix.get('img', '')
+    if not all_exist([(osp.isfile, path), (osp.isdir, folder)], findings):
+        return None
+    entries = check_coco_file(dataset, with_masks, evaluated, findings)
+    if entries is not None:
+        images = [
+            (osp.join(folder, image['file_name']), (image['width'], image['height']))
+            for image in entries['images']
+        ]
+        check_images(images, path, full, findings)
+    return entries
+
+
+def check_boxes(dataset: BaseDataset, full: bool, findings: Findings) -> str:
+    """Check a data set of boxes in another format, such as PASCAL VOC, as it reads itself.
+
+    Args:
+        dataset (BaseDataset): A data set of mmdet, not yet initialized.
+        full (bool): Whether every image is opened and not a sample.
+        findings (Findings): Takes the faults.
+
+    Returns:
+        str: What the set holds.
+
+    Example:
+        >>> check_boxes(dataset, False, Findings())  # doctest: +SKIP
+        '205 images, 2804 objects, 3 classes'
+    """
+    try:
+        samples = dataset.load_data_list()
+    except FileNotFoundError as error:
+        findings.error('file does not exist', error.filename)
+        return ''
+    classes, counts = dataset.metainfo['classes'], Counter()
+    for data in samples:
+        for instance in data.get('instances', ()):
+            counts[instance['bbox_label']] += 1
+            x1, y1, x2, y2 = instance['bbox']
+            if x2 - x1 < 1 or y2 - y1 < 1 or x1 >= data['width'] or y1 >= data['height']:
+                findings.error('box has no area or is off the image', data['img_path'])
+    for i, name in enumerate(classes):
+        if not counts[i]:
+            findings.warn(f'class has no object in {dataset.ann_file}', repr(name))
+    images = [(data['img_path'], (data['width'], data['height'])) for data in samples]
+    check_images(images, dataset.ann_file, full, findings)
+    return f'{len(samples)} images, {counts.total()} objects, {len(classes)} classes'
+
+
+def warn_of_crowded(cfg: dict, entries: dict, path: str, findings: Findings) -> None:
+    """Warn of images that hold more objects than the model returns.
+
+    Args:
+        cfg (dict): The model's config.
+        entries (dict): What ``check_coco_file`` returned.
+        path (str): The annotation file, for the message.
+        findings (Findings): Takes the warning.
+
+    Example:
+        >>> findings = Findings()
+        >>> images, annotations = [dict(id=1, file_name='a.png')], [dict(image_id=1)] * 9
+        >>> entries = dict(images=images, annotations=annotations)
+        >>> warn_of_crowded(dict(test_cfg=dict(max_per_img=5)), entries, 'val.json', findings)
+        >>> list(findings.warnings.values())
+        [['a.png (9)']]
+    """
+    test_cfg = cfg.get('test_cfg') or {}
+    parts = [(f'model.test_cfg.{key}', test_cfg.get(key)) for key in ('rcnn', 'panoptic')]
+    parts = [('model.test_cfg', test_cfg), *parts]
+    limits = [
+        (p['max_per_img'], f'{key}.max_per_img') for key, p in parts if p and 'max_per_img' in p
+    ]
+    if cfg.get('num_queries'):
+        limits.append((cfg['num_queries'], 'model.num_queries'))
+    if not limits:
+        return
+    limit, key = min(limits)
+    counts = Counter(annotation['image_id'] for annotation in entries['annotations'])
+    for image in entries['images']:
+        if counts[image['id']] > limit:
+            findings.warn(
+                f'image of {path} has more objects than {key}={limit} returns',
+                f'{image["file_name"]} ({counts[image["id"]]})',
+            )
 
 
 def is_plain_coco(dataset: type) -> bool:

@@ -15,7 +15,9 @@ from mmengine.logging import print_log
 from mmengine.registry import DATASETS, OPTIMIZERS
 from mmengine.runner import Runner
 
-from .coco import Findings, check_coco_file, is_plain_coco
+from .coco import check_boxes, check_coco, check_coco_file, is_plain_coco, warn_of_crowded
+from .findings import Findings
+from .label_maps import check_segmentation, ignore_faults
 
 # What belongs together, by the loop that needs it.
 _PARTS = dict(
@@ -74,6 +76,8 @@ def config_faults(cfg: Config, loops: Iterable[str], known: Iterable[str]) -> It
 def data_set_faults(cfg: Config, loader: str, leaf: ConfigDict) -> Iterator[str]:
     """Find what is wrong in a local data set of mmdet or mmseg before a model is built.
 
+    Warnings are logged.
+
     Args:
         cfg (Config): The config.
         loader (str): Key of the data loader.
@@ -86,51 +90,105 @@ def data_set_faults(cfg: Config, loader: str, leaf: ConfigDict) -> Iterator[str]
         >>> next(data_set_faults(cfg, 'train_dataloader', leaf))  # doctest: +SKIP
         'train.json: annotation of an image_id that is not listed: id 4'
     """
-    evaluated = loader != 'train_dataloader'
-    with DATASETS.switch_scope_and_registry(cfg.get('default_scope')) as registry:
-        kind = registry.get(leaf.type) if isinstance(leaf.get('type'), str) else leaf.get('type')
-        is_coco = inspect.isclass(kind) and is_plain_coco(kind)
-        bases = [base.__name__ for base in kind.__mro__] if inspect.isclass(kind) else []
-        # An unknown type is reported where it is built; other kinds cannot be read ahead.
-        if leaf.get('backend_args') or not (is_coco or 'BaseSegDataset' in bases):
-            return
-        classes = (leaf.get('metainfo') or {}).get('classes')
-        if isinstance(classes, str) and not osp.isfile(classes):
-            yield f'metainfo.classes must be a tuple, where a single class needs a comma: {classes}'
-            return
-        dataset = registry.build(dict(leaf, pipeline=[], lazy_init=True))
-    yield from _unknown_prefixes(leaf, kind, is_coco)
-    if not dataset.metainfo.get('classes'):
-        yield 'metainfo.classes is missing, the names of the classes'
-        return
-    if not is_coco:
-        if not dataset.load_data_list():
-            place = dataset.ann_file or dataset.data_prefix['img_path']
-            yield f'{place} holds no image that ends in img_suffix={dataset.img_suffix!r}'
-        return
-    if not osp.isfile(dataset.ann_file):
-        yield f'ann_file must be a file in the format of COCO, got {dataset.ann_file!r}'
-        return
-    # Official test sets come without annotations.
-    if evaluated and _only_formats(cfg, loader):
-        return
-    # The processes of a distributed training are not connected yet; one that fails ends all.
-    if os.environ.get(_RANKS.get(cfg.get('launcher'), ''), '0') != '0':
-        return
-    if osp.getsize(dataset.ann_file) > _CHECKED_BYTES:
-        print_log(
-            f'{loader}: {dataset.ann_file} is too large to be checked at every start; '
-            'tools/check_data.py checks it',
-            logger='current',
-        )
-        return
     findings = Findings()
-    with_masks = any(step.get('with_mask') for step in leaf.get('pipeline', []))
-    check_coco_file(dataset, with_masks, evaluated, findings)
+    check_data_set(cfg, loader, leaf, findings)
     for line in findings.lines():
         kind, fault = line.split(': ', 1)
         if kind == 'error':
             yield fault
+        else:
+            print_log(f'{loader}: {fault}', logger='current', level=logging.WARNING)
+
+
+def check_data_set(
+    cfg: Config, loader: str, leaf: ConfigDict, findings: Findings, full: bool | None = None
+) -> str | None:
+    """Check a data set of mmdet or mmseg.
+
+    Args:
+        cfg (Config): The config.
+        loader (str): Key of the data loader.
+        leaf (ConfigDict): The data set's config, of no wrapper.
+        findings (Findings): Takes the faults.
+        full (bool | None): Whether every image is opened, or a sample. Defaults to None: as much as
+            every start of a training can bear, no image.
+
+    Returns:
+        str | None: What the set holds, '' if it is unusable, None if it is of no kind that can be
+        checked.
+
+    Example:
+        >>> check_data_set(cfg, 'val_dataloader', leaf, Findings(), full=False)  # doctest: +SKIP
+        '87 images, 1137 annotations, 3 categories'
+    """
+    with DATASETS.switch_scope_and_registry(cfg.get('default_scope')) as registry:
+        kind = registry.get(leaf.type) if isinstance(leaf.get('type'), str) else leaf.get('type')
+        bases = [base.__name__ for base in kind.__mro__] if inspect.isclass(kind) else []
+        is_coco = bool(bases) and is_plain_coco(kind)
+        # An unknown type is reported where it is built; other kinds cannot be read ahead.
+        if leaf.get('backend_args') or not {'BaseDetDataset', 'BaseSegDataset'} & {*bases}:
+            return None
+        classes = (leaf.get('metainfo') or {}).get('classes')
+        if isinstance(classes, str) and not osp.isfile(classes):
+            fault = 'metainfo.classes must be a tuple, where a single class needs a comma'
+            findings.error(fault, classes)
+            return ''
+        dataset = registry.build(dict(leaf, pipeline=[], lazy_init=True))
+    for fault in _unknown_prefixes(leaf, kind, is_coco):
+        findings.error(fault, loader)
+    if not dataset.metainfo.get('classes'):
+        findings.error('metainfo.classes is missing, the names of the classes', loader)
+        return ''
+    if 'BaseSegDataset' in bases:
+        for fault in ignore_faults(cfg, loader, dataset.ignore_index):
+            findings.error(*fault.rsplit('; ', 1))
+        if full is not None:
+            return check_segmentation(dataset, full, findings)
+        if not dataset.load_data_list():
+            place = dataset.ann_file or dataset.data_prefix['img_path']
+            findings.error(f'no image ends in img_suffix={dataset.img_suffix!r}', place)
+        return ''
+    evaluated = loader != 'train_dataloader'
+    if not is_coco:
+        return '' if full is None else check_boxes(dataset, full, findings)
+    return _check_coco(cfg, loader, leaf, dataset, findings, full, evaluated)
+
+
+def _check_coco(
+    cfg: Config,
+    loader: str,
+    leaf: ConfigDict,
+    dataset: BaseDataset,
+    findings: Findings,
+    full: bool | None,
+    evaluated: bool,
+) -> str:
+    path = dataset.ann_file
+    with_masks = any(step.get('with_mask') for step in leaf.get('pipeline', []))
+    if full is not None:
+        entries = check_coco(dataset, with_masks, evaluated, full, findings)
+    elif not osp.isfile(path):
+        findings.error('ann_file must be a file in the format of COCO', repr(path))
+        return ''
+    # Official test sets come without annotations. The processes of a distributed training are not
+    # connected yet; one that fails ends all.
+    elif (evaluated and _only_formats(cfg, loader)) or (
+        os.environ.get(_RANKS.get(cfg.get('launcher'), ''), '0') != '0'
+    ):
+        return ''
+    elif osp.getsize(path) > _CHECKED_BYTES:
+        print_log(
+            f'{loader}: {path} is too large to be checked at every start; '
+            'tools/check_data.py checks it',
+            logger='current',
+        )
+        return ''
+    else:
+        entries = check_coco_file(dataset, with_masks, evaluated, findings)
+    if entries is None:
+        return ''
+    warn_of_crowded(cfg.get('model') or {}, entries, path, findings)
+    return ', '.join(f'{len(values)} {part}' for part, values in entries.items())
 
 
 def class_faults(cfg: Config, loader: str, dataset: BaseDataset) -> Iterator[str]:
@@ -186,6 +244,22 @@ def hook_faults(runner: Runner) -> Iterator[str]:
         for key in getattr(hook, 'args', {}) if isinstance(hook, CheckpointHook) else ():
             if key not in known:
                 yield f'CheckpointHook has no argument {key!r}'
+        if isinstance(hook, CheckpointHook):
+            yield from _unmeasured(runner, hook)
+
+
+def _unmeasured(runner: Runner, hook: CheckpointHook) -> Iterator[str]:
+    """Find a measure in ``save_best`` that no evaluator has, where they tell their prefixes."""
+    evaluator = getattr(runner._val_loop, 'evaluator', None)
+    prefixes = [metric.prefix for metric in getattr(evaluator, 'metrics', ())]
+    for measure in getattr(hook, 'key_indicators', None) or ():
+        prefix = measure.rpartition('/')[0]
+        if prefix and prefixes and None not in prefixes and prefix not in prefixes:
+            allowed = ', '.join(f'{name}/...' for name in prefixes)
+            yield (
+                f"default_hooks.checkpoint.save_best must be 'auto' or one of {allowed}, "
+                f'got {measure!r}'
+            )
 
 
 def head_classes(part: object, name: str = 'model') -> Iterator[tuple[str, int]]:
@@ -225,6 +299,9 @@ def _missing_parts(cfg: Config, loops: Iterable[str]) -> Iterator[str]:
 
 def _unknown_prefixes(leaf: ConfigDict, kind: type, is_coco: bool) -> Iterator[str]:
     known = {'img', 'seg'} if is_coco else set()
+    # mmdet's VOC data sets find their files by a key of their own.
+    if any(base.__name__ == 'XMLDataset' for base in kind.__mro__):
+        known.add('sub_data_root')
     for base in kind.__mro__:
         default = inspect.signature(base.__init__).parameters.get('data_prefix')
         if default is not None and isinstance(default.default, dict):

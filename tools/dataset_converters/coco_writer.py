@@ -25,7 +25,7 @@ from pycocotools import mask as coco_mask
 from rich.console import Console
 from rich.progress import track
 
-from mmscalablevit.checks.coco import Findings
+from mmscalablevit.checks.findings import Findings
 from mmscalablevit.errors import UserError
 
 IMAGES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')

@@ -22,7 +22,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from mmscalablevit import cli
-from mmscalablevit.checks.coco import Findings
+from mmscalablevit.checks.findings import Findings
 
 
 def read_objects(

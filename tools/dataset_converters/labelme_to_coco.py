@@ -14,7 +14,7 @@ from pathlib import Path
 from coco_writer import Object, Source, convert, make_parser, polygon_box, split_at_random
 
 from mmscalablevit import cli
-from mmscalablevit.checks.coco import Findings
+from mmscalablevit.checks.findings import Findings
 from mmscalablevit.errors import UserError
 
 CIRCLE_POINTS = 64

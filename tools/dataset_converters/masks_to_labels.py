@@ -23,7 +23,7 @@ from coco_writer import (
 from PIL import Image
 
 from mmscalablevit import cli
-from mmscalablevit.checks.coco import Findings
+from mmscalablevit.checks.findings import Findings
 from mmscalablevit.errors import UserError
 
 IGNORED = 255

@@ -14,7 +14,7 @@ from pathlib import Path
 from coco_writer import SPLITS, Object, Source, convert, make_parser, split_at_random
 
 from mmscalablevit import cli
-from mmscalablevit.checks.coco import Findings
+from mmscalablevit.checks.findings import Findings
 from mmscalablevit.errors import UserError
 
 

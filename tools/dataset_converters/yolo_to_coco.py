@@ -24,7 +24,7 @@ from coco_writer import (
 )
 
 from mmscalablevit import cli
-from mmscalablevit.checks.coco import Findings
+from mmscalablevit.checks.findings import Findings
 from mmscalablevit.errors import UserError
 
 

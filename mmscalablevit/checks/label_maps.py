@@ -1,0 +1,206 @@
+# Copyright (c) mmscalablevit contributors. All rights reserved.
+"""What a label map may hold, and faults of the label maps of a data set."""
+
+import os.path as osp
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from mmengine.config import Config
+from mmengine.dataset import BaseDataset
+from PIL import Image
+
+from .files import all_exist, in_threads, progress, read_size, sample, warn_of_huge
+from .findings import Findings
+
+_NAMED = 5
+# What ignores nothing else unless told.
+_IGNORED = 255
+
+
+class LabelRule(NamedTuple):
+    """The values that a label map may hold.
+
+    Args:
+        num_classes (int): Number of classes.
+        ignore_index (int): The value of pixels without a class. Defaults to 255.
+        reduce_zero_label (bool): Whether 0 is ignored and 1 the first class. Defaults to False.
+
+    Example:
+        >>> rule = LabelRule(2, reduce_zero_label=True)
+        >>> rule.wrong(np.array([0, 1, 2, 3, 255])).tolist()
+        [3]
+        >>> rule.allowed()[:60]
+        'allowed are 1 to 2 for 2 classes with reduce_zero_label=True'
+    """
+
+    num_classes: int
+    ignore_index: int = _IGNORED
+    reduce_zero_label: bool = False
+
+    @property
+    def first(self) -> int:
+        """The value of the first class."""
+        return int(self.reduce_zero_label)
+
+    def wrong(self, values: np.ndarray) -> np.ndarray:
+        """The values of a file that are neither a class nor ignored."""
+        classes = (values >= self.first) & (values < self.first + self.num_classes)
+        ignored = (values == self.ignore_index) | (self.reduce_zero_label & (values == 0))
+        return values[~(classes & (values % 1 == 0) | ignored)]
+
+    def allowed(self) -> str:
+        """The allowed values, for a message."""
+        ignored = f'{self.ignore_index} and 0' if self.reduce_zero_label else self.ignore_index
+        return (
+            f'allowed are {self.first} to {self.first + self.num_classes - 1} for '
+            f'{self.num_classes} classes with reduce_zero_label={bool(self.reduce_zero_label)}, '
+            f'and {ignored} for what is ignored'
+        )
+
+    def fault(self, wrong: np.ndarray) -> str:
+        """Name the first wrong values."""
+        return ', '.join(map(str, wrong[:_NAMED].tolist()))
+
+
+def label_rule(dataset: BaseDataset) -> LabelRule:
+    """The rule of a data set of mmseg; values that its ``label_map`` renames are of the file."""
+    count = len(dataset.label_map or dataset.metainfo['classes'])
+    return LabelRule(count, dataset.ignore_index, dataset.reduce_zero_label)
+
+
+def check_segmentation(dataset: BaseDataset, full: bool, findings: Findings) -> str:
+    """Check images and their label maps.
+
+    Args:
+        dataset (BaseDataset): mmseg's ``BaseSegDataset``, not yet initialized.
+        full (bool): Whether every image is opened and not a sample.
+        findings (Findings): Takes the faults.
+
+    Returns:
+        str: What the set holds.
+
+    Example:
+        >>> check_segmentation(dataset, False, Findings())  # doctest: +SKIP
+        '40 images with masks, 150 classes'
+    """
+    images, masks = (dataset.data_prefix.get(key, '') for key in ('img_path', 'seg_map_path'))
+    needed = [(osp.isdir, images), (osp.isdir, masks)]
+    if dataset.ann_file:
+        needed.append((osp.exists, dataset.ann_file))
+    if not all_exist(needed, findings):
+        return ''
+    pairs = [(data['img_path'], data['seg_map_path']) for data in dataset.load_data_list()]
+    if not pairs:
+        findings.error(f'no image ends in img_suffix={dataset.img_suffix!r}', images)
+    if not dataset.ann_file or osp.isdir(dataset.ann_file):
+        _check_leftovers(images, dataset.img_suffix, {image for image, _ in pairs}, findings)
+        _check_leftovers(masks, dataset.seg_map_suffix, {mask for _, mask in pairs}, findings)
+
+    there = []
+    for image, mask in progress(pairs, len(pairs), 'images and masks'):
+        if not osp.isfile(image):
+            findings.error(f'image of {dataset.ann_file} does not exist', image)
+        elif not osp.isfile(mask):
+            findings.error('mask does not exist', mask)
+        else:
+            there.append((image, mask))
+
+    chosen, occurring, rule = sample(there, full), set(), label_rule(dataset)
+    sizes = in_threads(read_size, [image for image, _ in chosen], 'images and label values')
+    for (image, mask), size in zip(chosen, sizes, strict=True):
+        if isinstance(size, str):
+            findings.error('image cannot be read', f'{image} ({size})')
+        elif not warn_of_huge(*size, image, findings):
+            occurring |= _check_label_map(mask, size, rule, findings)
+    if chosen and len(chosen) == len(pairs) and dataset.label_map is None:
+        for i, name in enumerate(dataset.metainfo['classes']):
+            if i + rule.first not in occurring:
+                findings.warn(f'class has no pixel in {masks}', repr(name))
+    return f'{len(there)} images with masks, {len(dataset.metainfo["classes"])} classes'
+
+
+def _check_label_map(path: str, size: tuple, rule: LabelRule, findings: Findings) -> set[int]:
+    """Check one label map and return the values that occur in it."""
+    try:
+        with Image.open(path) as image:
+            labels = np.array(image)
+    # Damaged files raise errors of many types.
+    except Exception as error:
+        findings.error('mask cannot be read', f'{path} ({error})')
+        return set()
+    if labels.ndim != 2:
+        findings.error(
+            'mask is a color image; it must have one channel that holds class numbers', path
+        )
+        return set()
+    if labels.shape[::-1] != size:
+        findings.error(
+            'mask is not of the size of its image',
+            f'{path} is {labels.shape[1]}x{labels.shape[0]} and not {size[0]}x{size[1]}',
+        )
+    values = np.unique(labels)
+    wrong = rule.wrong(values)
+    if wrong.size:
+        findings.error(
+            f'mask has other values; {rule.allowed()}', f'{path} has {rule.fault(wrong)}'
+        )
+    return set(values.tolist())
+
+
+def _check_leftovers(folder: str, suffix: str, used: set[str], findings: Findings) -> None:
+    """Warn of files that no image-mask pair uses."""
+    used = {osp.normpath(path) for path in used}
+    for path in sorted(Path(folder).rglob('*')):
+        if path.is_file() and osp.normpath(path) not in used:
+            findings.warn(f'file has no partner or does not end in {suffix}: not used', path)
+
+
+def ignore_faults(cfg: Config, loader: str, ignore_index: int) -> Iterator[str]:
+    """Find parts of a config that ignore another value than the data set.
+
+    Args:
+        cfg (Config): The config.
+        loader (str): Key of the data loader.
+        ignore_index (int): The value that its data set ignores.
+
+    Yields:
+        str: A fault, with the keys.
+
+    Example:
+        >>> cfg = Config(dict(model=dict(decode_head=dict(num_classes=11))))
+        >>> next(ignore_faults(cfg, 'train_dataloader', 11)).split(';')[0]
+        'train_dataloader.dataset.ignore_index=11, but model.decode_head.ignore_index=255'
+    """
+    others = [f'{key}={value}' for key, value in _ignored(cfg, loader) if value != ignore_index]
+    if others:
+        yield (
+            f'{loader}.dataset.ignore_index={ignore_index}, but {", ".join(others)}; all must '
+            'ignore one value, best 255 (tools/dataset_converters/masks_to_labels.py --ignore)'
+        )
+
+
+def _ignored(cfg: Config, loader: str) -> Iterator[tuple[str, int]]:
+    """Every key that ignores a value of label maps, and the value."""
+    model = cfg.get('model') or {}
+    for key in ('decode_head', 'auxiliary_head'):
+        heads = model.get(key) or []
+        for head in heads if isinstance(heads, list | tuple) else [heads]:
+            yield f'model.{key}.ignore_index', head.get('ignore_index', _IGNORED)
+    if 'seg_pad_val' in (model.get('data_preprocessor') or {}):
+        yield 'model.data_preprocessor.seg_pad_val', model['data_preprocessor']['seg_pad_val']
+    evaluators = cfg.get(loader.replace('dataloader', 'evaluator')) or []
+    for evaluator in evaluators if isinstance(evaluators, list | tuple) else [evaluators]:
+        if evaluator.get('type') in ('IoUMetric', 'mmseg.IoUMetric') and loader[:5] != 'train':
+            key = loader.replace('dataloader', 'evaluator')
+            yield f'{key}.ignore_index', evaluator.get('ignore_index', _IGNORED)
+    for step in ((cfg.get(loader) or {}).get('dataset') or {}).get('pipeline') or []:
+        kind = step.get('type') if isinstance(step, dict) else None
+        if kind == 'RandomCrop':
+            yield 'ignore_index of RandomCrop', step.get('ignore_index', _IGNORED)
+        elif kind in ('RandomRotate', 'RandomMosaic'):
+            yield f'seg_pad_val of {kind}', step.get('seg_pad_val', _IGNORED)
+        elif kind == 'Pad':
+            pad = step.get('pad_val', dict(seg=_IGNORED))
+            yield 'pad_val of Pad', pad.get('seg', _IGNORED) if isinstance(pad, dict) else _IGNORED
