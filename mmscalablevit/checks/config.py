@@ -146,7 +146,8 @@ def check_data_set(
             return check_segmentation(dataset, full, findings)
         if not dataset.load_data_list():
             place = dataset.ann_file or dataset.data_prefix['img_path']
-            findings.error(f'no image ends in img_suffix={dataset.img_suffix!r}', place)
+            fault = f'{place} holds no image that ends in img_suffix={dataset.img_suffix!r}'
+            findings.error(fault, loader)
         return ''
     evaluated = loader != 'train_dataloader'
     if not is_coco:
@@ -168,7 +169,7 @@ def _check_coco(
     if full is not None:
         entries = check_coco(dataset, with_masks, evaluated, full, findings)
     elif not osp.isfile(path):
-        findings.error('ann_file must be a file in the format of COCO', repr(path))
+        findings.error(f'ann_file must be a file in the format of COCO, got {path!r}', loader)
         return ''
     # Official test sets come without annotations. The processes of a distributed training are not
     # connected yet; one that fails ends all.

@@ -11,7 +11,6 @@ import json
 import math
 from collections import Counter
 from pathlib import Path
-from pprint import pformat
 
 import numpy as np
 from mmengine.config import Config
@@ -27,11 +26,11 @@ BASES = dict(
     instance='detection/mask-rcnn_scalablevit-{}_fpn_1x_coco.py',
     segmentation='segmentation/scalablevit-{}_upernet_8xb2-160k_ade20k-512x512.py',
 )
+SIZES = ('s', 'b', 'l', 'demo')
 # Longest and shortest side that an image is scaled to; the small network is for CPUs.
 LARGEST = dict(demo=(320, 320))
 # Sides of objects, in pixels, below which the standard anchors find few of them.
 SMALL_OBJECT = 24
-OPENED = 500
 HEAD = """# {count} images to train on, {val_count} to validate; {classes} classes, {sizes}.
 # Written by tools/misc/new_config.py; every line is yours to change.
 _base_ = __import__('mmscalablevit').__path__[0] + (
@@ -39,10 +38,7 @@ _base_ = __import__('mmscalablevit').__path__[0] + (
 )
 
 data_root = {root!r}
-metainfo = dict(
-    classes={names}
-)
-num_classes = {classes}
+metainfo = dict(classes={names!r})
 """
 DETECTION = """
 # Longest and shortest side of the scaled images: nine tenths of yours are no larger.
@@ -80,10 +76,7 @@ crop_size = {crop}
 
 def scaled(pipeline):
     sizes = dict(scale=(4 * side, side), crop_size=crop_size)
-    return [
-        dict(step, **{{key: size for key, size in sizes.items() if key in step}})
-        for step in pipeline
-    ]
+    return [{{key: sizes.get(key, step[key]) for key in step}} for step in pipeline]
 
 
 data = dict(
@@ -101,7 +94,7 @@ train_dataloader = dict(
     dataset=dict(**data, data_prefix=train, pipeline=scaled(_base_.train_pipeline)),
 )
 val_dataloader = dict(
-    dataset=dict(**data, data_prefix=val, pipeline=scaled(_base_.test_pipeline))
+    dataset=dict(**data, data_prefix=val, pipeline=scaled(_base_.test_pipeline)),
 )
 test_dataloader = val_dataloader
 
@@ -160,7 +153,7 @@ def look_at_label_maps(root: Path) -> dict:
             f'images in {root / "images"} must have one suffix, found {", ".join(sorted(suffixes))}'
         )
     sizes = []
-    for image in images['train'][:: math.ceil(len(images['train']) / OPENED)]:
+    for image in images['train']:
         with Image.open(folders['train'] / image) as opened:
             sizes.append(opened.size)
     return dict(
@@ -183,50 +176,74 @@ def target_scale(found: dict, size: str) -> tuple[int, int]:
     return tuple(round(float(side * min(factor, grow))) for side in sides)
 
 
-def model_lines(args: argparse.Namespace, found: dict, scale: tuple[int, int] | None) -> list[str]:
-    """The model: backbone, classes, and what small or many objects need."""
-    lines = []
-    if args.size == 'demo':
-        demo = Config.fromfile(CONFIGS / '_base_' / 'backbones' / 'scalablevit-demo.py')
-        dims, backbone = demo.embed_dims, dict(demo.backbone.to_dict(), _delete_=True)
-        place = 'decode_head' if args.task == 'segmentation' else 'neck'
-        lines += [f'backbone={pformat(backbone, width=88)},', f'{place}=dict(in_channels={dims}),']
-        if args.task == 'segmentation':
-            lines.append(f'auxiliary_head=dict(in_channels={dims[2]}),')
-    elif args.from_scratch:
-        lines += ['# No pretrained weights', 'backbone=dict(init_cfg=None),']
-    classes = 'dict(num_classes=num_classes)'
+def narrow_model(task: str) -> dict:
+    """The small backbone, and heads of 64 channels to go with it."""
+    demo = Config.fromfile(CONFIGS / '_base_' / 'backbones' / 'scalablevit-demo.py')
+    dims, narrow = demo.embed_dims, dict(in_channels=64)
+    model = dict(backbone=dict(demo.backbone.to_dict(), _delete_=True))
+    if task == 'segmentation':
+        model['decode_head'] = dict(in_channels=dims, channels=64)
+        model['auxiliary_head'] = dict(in_channels=dims[2], channels=64)
+        return model
+    model['neck'] = dict(in_channels=dims, out_channels=64)
+    if task == 'detection':
+        model['bbox_head'] = dict(narrow, feat_channels=64)
+        return model
+    model['rpn_head'] = dict(narrow, feat_channels=64)
+    model['roi_head'] = dict(
+        bbox_roi_extractor=dict(out_channels=64),
+        bbox_head=dict(narrow, fc_out_channels=256),
+        mask_roi_extractor=dict(out_channels=64),
+        mask_head=dict(narrow, conv_out_channels=64),
+    )
+    return model
+
+
+def show(value: object, depth: int = 0) -> str:
+    """A value as Python, dictionaries as calls of dict with an entry a line where long."""
+    if not isinstance(value, dict):
+        return repr(value)
+    items = [f'{key}={show(inner, depth + 1)}' for key, inner in value.items()]
+    line = f'dict({", ".join(items)})'
+    if len(line) + 4 * depth < 80 and '\n' not in line:
+        return line
+    indent = '\n' + '    ' * depth
+    return f'dict({indent}    {f",{indent}    ".join(items)},{indent})'
+
+
+def fit_model(args: argparse.Namespace, found: dict, values: dict) -> tuple[list[str], dict]:
+    """The model's backbone, classes and what small or many objects need; and why."""
+    why, model = [], narrow_model(args.task) if args.size == 'demo' else {}
+    if args.from_scratch and not model:
+        model['backbone'] = dict(init_cfg=None)
+    classes = dict(num_classes=len(found['names']))
     if args.task == 'segmentation':
-        lines = [
-            line.replace('in_channels', 'num_classes=num_classes, in_channels') for line in lines
-        ]
-        if args.size != 'demo':
-            lines += [f'decode_head={classes},', f'auxiliary_head={classes},']
-        lines.append('data_preprocessor=dict(size=crop_size),')
-        return lines
-    anchors = ''
-    # How much training enlarges the objects.
-    factor = min(np.array(scale) / np.sort(np.median(found['sizes'], axis=0))[::-1])
-    if np.percentile(found['objects'], 10) * factor < SMALL_OBJECT:
-        key = 'octave_base_scale=2' if args.task == 'detection' else 'scales=[4]'
-        anchors = f', anchor_generator=dict({key})'
-        lines.append('# Anchors of half the standard size: a tenth of your objects is small.')
+        model['data_preprocessor'] = dict(size=values['crop'])
+        for head in ('decode_head', 'auxiliary_head'):
+            model.setdefault(head, {}).update(classes)
+        return why, model
     if args.task == 'detection':
-        lines.append(f'bbox_head=dict(num_classes=num_classes{anchors}),')
+        boxes = model.setdefault('bbox_head', {})
+        boxes.update(classes)
     else:
-        if anchors:
-            lines.append(f'rpn_head=dict({anchors[2:]}),')
-        lines.append(f'roi_head=dict(bbox_head={classes}, mask_head={classes}),')
+        boxes = model.setdefault('rpn_head', {})
+        for head in ('bbox_head', 'mask_head'):
+            model.setdefault('roi_head', {}).setdefault(head, {}).update(classes)
+    # How much training enlarges the objects.
+    factor = min(np.array(values['scale']) / np.sort(np.median(found['sizes'], axis=0))[::-1])
+    if np.percentile(found['objects'], 10) * factor < SMALL_OBJECT:
+        why.append('# Anchors of half the standard size: a tenth of your objects is small.')
+        anchors = dict(octave_base_scale=2) if args.task == 'detection' else dict(scales=[4])
+        boxes['anchor_generator'] = anchors
     if found['most'] > 80:
         limit = math.ceil(found['most'] * 1.2 / 100) * 100
-        lines.append(f'# An image of yours has {found["most"]} objects.')
-        limits = f'dict(max_per_img={limit})'
-        if args.task == 'detection':
-            lines.append(f'test_cfg={limits},')
-        else:
-            rpn = f'rpn=dict(nms_pre={3 * limit}, max_per_img={3 * limit}), ' if limit > 333 else ''
-            lines.append(f'test_cfg=dict({rpn}rcnn={limits}),')
-    return lines
+        why.append(f'# max_per_img: an image of yours has {found["most"]} objects.')
+        test = dict(max_per_img=limit)
+        if args.task == 'instance':
+            proposals = dict(nms_pre=max(1000, 3 * limit), max_per_img=max(1000, 3 * limit))
+            test = dict(rpn=proposals, rcnn=test)
+        model['test_cfg'] = test
+    return why, model
 
 
 def write_config(args: argparse.Namespace) -> str:
@@ -238,13 +255,12 @@ def write_config(args: argparse.Namespace) -> str:
     scratch = args.from_scratch or args.size == 'demo'
     low, high = np.median(found['sizes'], axis=0).astype(int), found['sizes'].max(axis=0)
     values = dict(
-        dict(found, names=pformat(found['names'], width=88, compact=True)),
+        found,
         base=BASES[args.task].format('s' if args.size == 'demo' else args.size),
         root=f'{args.data.as_posix()}/',
         classes=len(found['names']),
         sizes=f'mostly {low[0]}x{low[1]}, up to {high[0]}x{high[1]}',
     )
-    scale = None
     if segmentation:
         side = min(np.median(found['sizes'].min(axis=1)), LARGEST.get(args.size, (0, 1024))[1])
         crop = min(512, max(64, int(side) // 32 * 32))
@@ -256,7 +272,7 @@ def write_config(args: argparse.Namespace) -> str:
         values.update(scale=scale, batch=batch)
         seen = max(24_000, 12 * found['count'])
     epochs = args.epochs or min(max(seen * (1 + scratch) // found['count'], 12), 300)
-    iters = max(1, epochs * found['count'] // values['batch'])
+    iters = max(2, epochs * found['count'] // values['batch'])
     # From scratch, a small network bears a higher rate than the recipe of fine-tuning.
     rate = 1e-3 if args.size == 'demo' else 2e-4 if scratch else 6e-5 if segmentation else 1e-4
     values.update(
@@ -271,32 +287,24 @@ def write_config(args: argparse.Namespace) -> str:
     )
     parts = (HEAD, SEGMENTATION if segmentation else DETECTION, OPTIMIZER)
     head, data, optimizer = (part.format(**values) for part in parts)
-    model = '\n    '.join(model_lines(args, found, scale))
-    return f'{head}{data}\nmodel = dict(\n    {model}\n)\n{optimizer}'
+    why, model = fit_model(args, found, values)
+    text = '\n'.join([*why, f'model = {show(model)}\n'])
+    return f'{head}{data}\n{text}{optimizer}'
 
 
-def parse_args() -> argparse.Namespace:
-    """Parse the command line."""
+def main() -> None:
+    """Write the config."""
     parser = argparse.ArgumentParser(
         description='Look at a data set and write a short config that fits it.',
         epilog='example: python tools/misc/new_config.py data/cells --task instance --out my.py',
     )
     parser.add_argument('data', type=Path, metavar='DATA', help='folder the converters wrote')
     parser.add_argument('--task', choices=BASES, required=True)
-    parser.add_argument(
-        '--size', choices=('demo', 's', 'b', 'l'), default='s', help='network; demo is for CPUs'
-    )
+    parser.add_argument('--size', choices=SIZES, default='s', help='demo: for CPUs')
     parser.add_argument('--out', type=Path, default=Path('my.py'), help='default: my.py')
     parser.add_argument('--from-scratch', action='store_true', help='no pretrained weights')
-    parser.add_argument(
-        '--epochs', type=int, metavar='N', help='length; default: by the number of images'
-    )
-    return parser.parse_args()
-
-
-def main() -> None:
-    """Write the config."""
-    args = parse_args()
+    parser.add_argument('--epochs', type=int, help='length; default: by the number of images')
+    args = parser.parse_args()
     if args.out.exists():
         raise UserError(f'{args.out} exists; name another file with --out')
     args.out.write_text(write_config(args))
