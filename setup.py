@@ -86,6 +86,7 @@ setup(
         'Programming Language :: Python :: 3.10',
         'Programming Language :: Python :: 3.11',
         'Programming Language :: Python :: 3.12',
+        'Programming Language :: Python :: 3.13',
     ],
     python_requires='>=3.10',
     packages=find_packages(include=['mmscalablevit', 'mmscalablevit.*']),

@@ -1,5 +1,5 @@
 # Copyright (c) mmscalablevit contributors. All rights reserved.
-"""The set-up scripts: which wheel of mmcv they take, and which PyTorch they choose for it."""
+"""The set-up scripts: which wheel of mmcv and which PyTorch they take, what they say at the end."""
 
 import functools
 import http.server
@@ -117,3 +117,24 @@ def test_folder_is_that_of_the_installed_torch():
     major, minor = torch.__version__.split('.')[:2]
 
     assert bash('wheel_folder') == (0, f'{device}-torch{major}{minor}0')
+
+
+@pytest.mark.parametrize(
+    ('module', 'code', 'said'),
+    [
+        ('mmcv.cnn', 0, 'Ready: mmscalablevit '),
+        (
+            'no_such_module',
+            1,
+            'no_such_module does not import: ModuleNotFoundError: ',
+        ),
+    ],
+)
+def test_set_up_ends_with_a_look_at_what_is_installed(module, code, said):
+    pytest.importorskip('torchvision')
+    script = f'set -- {sys.prefix}; usage=; . tools/misc/environment.sh; look {module}'
+    done = subprocess.run(
+        ['bash', '-c', script, 'tools/misc/setup_env.sh'], cwd=ROOT, capture_output=True, text=True
+    )
+
+    assert (done.returncode, said in done.stdout + done.stderr) == (code, True), done
