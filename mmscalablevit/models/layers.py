@@ -1,13 +1,11 @@
 # Copyright (c) mmscalablevit contributors. All rights reserved.
-"""Patch embedding and conditional position encoding.
+"""Patch embedding, conditional position encoding and MLP.
 
 Maps travel between modules channels-last, as (B, H, W, C): linear layers and norms then need no
 transposition, and a convolution sees the same memory as an NCHW tensor in channels-last format.
 """
 
 from torch import Tensor, nn
-
-from .cpu_kernels import Linear
 
 
 class PatchEmbed(nn.Module):
@@ -105,11 +103,12 @@ class MLP(nn.Module):
 
     def __init__(self, embed_dims: int, hidden_dims: int, drop: float = 0.0) -> None:
         super().__init__()
-        self.fc1 = Linear(embed_dims, hidden_dims)
+        self.fc1 = nn.Linear(embed_dims, hidden_dims)
         self.act = nn.GELU()
-        self.fc2 = Linear(hidden_dims, embed_dims)
-        self.drop = nn.Dropout(drop)
+        self.drop1 = nn.Dropout(drop)
+        self.fc2 = nn.Linear(hidden_dims, embed_dims)
+        self.drop2 = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform the last dimension of ``x``; the shape stays."""
-        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+        return self.drop2(self.fc2(self.drop1(self.act(self.fc1(x)))))

@@ -18,12 +18,14 @@ from torch.utils.checkpoint import checkpoint
 from ..checkpoint.released import load_backbone_checkpoint
 from .arch import ARCH_ZOO, NUM_STAGES, arch_settings, check_int, check_out_indices, check_rate
 from .attention import InteractiveWindowSelfAttention, ScalableSelfAttention
-from .cpu_kernels import add_mlp
 from .layers import MLP, PatchEmbed, PositionEncodingGenerator
 
 
 class Block(nn.Module):
-    """Transformer block: attention and MLP, each with pre-norm, residual and stochastic depth.
+    """Transformer block: attention and MLP, each with pre-norm, residual and stochastic depth::
+
+        (4)  X = X + attn(LN(X))
+        (5)  X = X + MLP(LN(X))
 
     Args:
         embed_dims (int): Channels of the map.
@@ -50,16 +52,15 @@ class Block(nn.Module):
         super().__init__()
         self.norm1 = nn.LayerNorm(embed_dims, eps=1e-6)
         self.attn = attn
+        self.drop_path1 = DropPath(drop_path)
         self.norm2 = nn.LayerNorm(embed_dims, eps=1e-6)
         self.mlp = MLP(embed_dims, int(embed_dims * mlp_ratio), drop)
-        self.drop_path = DropPath(drop_path)
+        self.drop_path2 = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform a map of shape (B, H, W, C); the shape stays."""
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        if not self.training and not torch.is_grad_enabled():
-            return add_mlp(x, self.norm2, self.mlp)
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x = x + self.drop_path1(self.attn(self.norm1(x)))  # (4)
+        return x + self.drop_path2(self.mlp(self.norm2(x)))  # (5)
 
 
 @MODELS.register_module()
@@ -235,14 +236,7 @@ class ScalableViT(BaseModule):
             TypeError: If ``x`` is no tensor of floating-point numbers.
             ValueError: If ``x`` is no batch of images with ``in_channels`` channels.
         """
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f'ScalableViT expects a tensor of floating-point images, got {kind}')
-        if x.dim() != 4 or x.shape[1] != self.in_channels or 0 in x.shape:
-            raise ValueError(
-                f'ScalableViT with in_channels={self.in_channels} expects images of shape '
-                f'(B, {self.in_channels}, H, W), none of them empty, got {tuple(x.shape)}'
-            )
+        x = check_images(x, self.in_channels)
         x = x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
         outs = []
         for i in range(len(self.stages)):
@@ -383,6 +377,20 @@ class ScalableViT(BaseModule):
                 fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
                 nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
                 nn.init.zeros_(module.bias)
+
+
+@torch.fx.wrap
+def check_images(x: Tensor, in_channels: int) -> Tensor:
+    """Return a batch of images (B, in_channels, H, W) unless it is none."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f'ScalableViT expects a tensor of floating-point images, got {kind}')
+    if x.dim() != 4 or x.shape[1] != in_channels or 0 in x.shape:
+        raise ValueError(
+            f'ScalableViT with in_channels={in_channels} expects images of shape '
+            f'(B, {in_channels}, H, W), none of them empty, got {tuple(x.shape)}'
+        )
+    return x
 
 
 def _is_pretrained(init_cfg: dict) -> bool:
