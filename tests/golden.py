@@ -13,6 +13,17 @@ from safetensors.torch import load_file
 from mmscalablevit import ScalableViT
 
 REFERENCE = Path(__file__).parent / 'data' / 'reference'
+# All kinds of attention: values narrower than keys, and wider.
+TINY = dict(
+    embed_dims=(16, 16, 32, 32),
+    num_heads=(2, 2, 4, 4),
+    depths=(2, 2, 3, 2),
+    c_ratios=(1.25, 2, 0.5, 1),
+    sr_ratios=(8, 4, 2, 1),
+    window_sizes=(7, 5, 7, 3),
+    mlp_ratios=(4, 2, 4, 4),
+    ssa_kv='separate',
+)
 
 
 def reference_tensor(name, shape):

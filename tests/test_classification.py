@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from golden import REFERENCE, read_json, reference_input, reference_state, relative_error
+from golden import REFERENCE, TINY, read_json, reference_input, reference_state, relative_error
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from safetensors.torch import load_file
@@ -21,23 +21,12 @@ import mmscalablevit  # noqa: F401
 
 mmpretrain = pytest.importorskip('mmpretrain')
 from mmpretrain.registry import MODELS  # noqa: E402
-from mmpretrain.structures import DataSample  # noqa: E402
 
 from mmscalablevit.models.cls_head import ScalableViTClsHead  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / 'configs' / 'classification'
 SIZES = {'small': (401, 32_000_472), 'base': (402, 81_881_624), 'large': (403, 109_288_840)}
-TINY = dict(
-    embed_dims=[16, 16, 32, 32],
-    num_heads=[2, 2, 4, 4],
-    depths=[2, 2, 2, 2],
-    c_ratios=[1.25, 1, 0.5, 1],
-    sr_ratios=[8, 4, 2, 1],
-    window_sizes=[7, 7, 7, 7],
-    mlp_ratios=[2, 2, 2, 2],
-    ssa_kv='separate',
-)
 TINY_CONFIG = """
 _base_ = ['{base}']
 data = dict(_delete_=True, type='CustomDataset', data_root='{data}')
@@ -119,21 +108,14 @@ def test_head_initialization_is_the_released_one():
 
 
 def test_features_before_the_classifier():
-    features = (torch.rand(2, 32),)
+    features = (torch.rand(2, 8), torch.rand(2, 32))
     head = ScalableViTClsHead(num_classes=3, in_channels=32, hidden_channels=64)
     assert head.pre_logits(features).shape == (2, 64)
     assert torch.equal(head.fc[3](head.pre_logits(features)), head(features))
-
-
-def test_plain_head_is_a_linear_layer():
-    features = (torch.rand(2, 8), torch.rand(2, 32))
-    head = ScalableViTClsHead(num_classes=3, in_channels=32, hidden_channels=None)
-    assert {k: tuple(v.shape) for k, v in head.state_dict().items()} == {
-        'fc.weight': (3, 32),
-        'fc.bias': (3,),
-    }
-    assert torch.equal(head.pre_logits(features), features[-1])
-    assert torch.equal(head(features), features[-1] @ head.fc.weight.T + head.fc.bias)
+    plain = ScalableViTClsHead(num_classes=3, in_channels=32, hidden_channels=None)
+    assert plain.state_dict().keys() == {'fc.weight', 'fc.bias'}
+    assert torch.equal(plain.pre_logits(features), features[-1])
+    assert torch.equal(plain(features), features[-1] @ plain.fc.weight.T + plain.fc.bias)
 
 
 @pytest.mark.parametrize('name', ['num_classes', 'in_channels', 'hidden_channels'])
@@ -142,11 +124,6 @@ def test_bad_numbers_are_named(name, value):
     arguments = dict(dict(num_classes=3, in_channels=32), **{name: value})
     with pytest.raises(ValueError, match=f'{name} must be a positive integer, got'):
         ScalableViTClsHead(**arguments)
-
-
-def test_importing_the_package_does_not_import_mmpretrain():
-    code = 'import sys, mmscalablevit; sys.exit("mmpretrain" in sys.modules)'
-    assert subprocess.run([sys.executable, '-c', code], cwd=ROOT).returncode == 0
 
 
 def test_missing_mmpretrain_says_what_to_install():
@@ -158,20 +135,6 @@ def test_missing_mmpretrain_says_what_to_install():
     run = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
     last = run.stderr.strip().splitlines()[-1]
     assert re.search('needs mmpretrain.*install onedl-mmpretrain', last), run.stderr
-
-
-def test_every_parameter_learns_from_mixed_labels():
-    model = tiny_classifier()
-    model.init_weights()
-    data = model.data_preprocessor(
-        dict(
-            inputs=[torch.randint(256, (3, 64, 64), dtype=torch.uint8) for _ in range(4)],
-            data_samples=[DataSample().set_gt_label(i % 3) for i in range(4)],
-        ),
-        training=True,
-    )
-    model(**data, mode='loss')['loss'].backward()
-    assert all(p.grad is not None for p in model.parameters())
 
 
 @pytest.mark.parametrize('variant', SIZES)

@@ -7,36 +7,26 @@ import pickle
 
 import pytest
 import torch
-from golden import load_reference
+from golden import TINY, load_reference
 from mmengine.model import ExponentialMovingAverage
 from torch import nn
 from torch.nn.utils import prune
 
 from mmscalablevit import ScalableViT
 
-ARCH = dict(
-    embed_dims=(16, 16, 32, 32),
-    num_heads=(2, 2, 4, 4),
-    depths=(2, 2, 2, 2),
-    c_ratios=(1.25, 2, 0.5, 1),
-    sr_ratios=(8, 4, 2, 1),
-    window_sizes=(7, 5, 7, 3),
-    mlp_ratios=(4, 2, 4, 4),
-    ssa_kv='separate',
-)
 IMAGES = torch.rand(2, 3, 61, 75, generator=torch.Generator().manual_seed(0))
 LAYERS = nn.Linear, nn.Conv2d, nn.LayerNorm
 
 
 @pytest.fixture
 def net():
-    return load_reference(ScalableViT(dict(ARCH)))
+    return load_reference(ScalableViT(dict(TINY)))
 
 
 @pytest.fixture(scope='module')
 def wanted():
     with torch.no_grad():
-        return load_reference(ScalableViT(dict(ARCH)))(IMAGES)
+        return load_reference(ScalableViT(dict(TINY)))(IMAGES)
 
 
 def assert_same(outs, wanted, **tolerances):
@@ -186,14 +176,14 @@ def saved_and_loaded(net):
     file = io.BytesIO()
     torch.save(net.state_dict(), file)
     file.seek(0)
-    model = ScalableViT(dict(ARCH)).eval()
+    model = ScalableViT(dict(TINY)).eval()
     model.load_state_dict(torch.load(file, weights_only=True), strict=True)
     return model
 
 
 def filled_from_meta(net):
     with torch.device('meta'):
-        model = ScalableViT(dict(ARCH)).eval()
+        model = ScalableViT(dict(TINY)).eval()
     model.load_state_dict(net.state_dict(), assign=True)
     return model
 
@@ -230,7 +220,7 @@ def test_functional_calls_take_their_parameters(net, wanted):
 def test_nothing_leaves_the_device_or_waits_for_it(training):
     """On the meta device, values to read and tensors of other devices are errors."""
     with torch.device('meta'):
-        model = ScalableViT(dict(ARCH), drop_rate=0.1, attn_drop_rate=0.1, drop_path_rate=0.1)
+        model = ScalableViT(dict(TINY), drop_rate=0.1, attn_drop_rate=0.1, drop_path_rate=0.1)
     outs = model.train(training)(torch.empty(2, 3, 61, 75, device='meta'))
     sum(out.sum() for out in outs).backward()
     assert all(p.grad.device.type == 'meta' for p in model.parameters())

@@ -5,7 +5,7 @@ The formulas, numbered as in docs/architecture.md and in the comments below, for
 
     (1)  Attention(Q, K, V) = softmax(s Q K^T) V
     (2)  SSA(X)  = Attention(Q(X), K(X'), V(X')) W,   X' = GELU(LN(Reduce(X)))
-    (3)  IWSA(X) = merge(Attention(Q, K, V of each window) + LIM(merge(V))) W
+    (3)  IWSA(X) = (merge(Attention(Q, K, V) of each window) + LIM(merge(V))) W
 """
 
 import torch
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from .layers import conv_channels_last
 
-# CUDA's kernels take no larger batch; a batch of 1,024 images of 224x224 has 65,536 windows.
-MAX_BATCH = 65535
+# CUDA's kernels take no larger batch; 1,024 images of 224x224 have 65,536 windows. By device, as
+# elsewhere the comparison would needlessly limit the sizes of an exported program.
+MAX_BATCH = {'cuda': 65535}
 
 
 class ScalableSelfAttention(nn.Module):
@@ -158,15 +159,16 @@ class InteractiveWindowSelfAttention(nn.Module):
         Returns:
             Tensor: Map of shape (B, H, W, C).
         """
-        height, width = x.shape[1], x.shape[2]
-        windows = partition_windows(x, self.window_size)  # (B * windows, N, C)
-        query, key, value = self.qkv(windows).chunk(3, dim=-1)
+        shape = x.shape
+        qkv = self.qkv(partition_windows(x, self.window_size))  # (B * windows, N, 3 * C)
+        query, key, value = qkv.chunk(3, dim=-1)
         dropout = self.attn_drop if self.training else 0.0
         out = fused_attention(query, key, value, self.num_heads, self.scale, dropout)  # (1)
-        out = merge_windows(out, height, width, self.window_size)
-        value_map = merge_windows(value, height, width, self.window_size)
-        out = out + conv_channels_last(self.lim_func, value_map)  # (3)
-        return self.proj_drop(self.proj(out))[:, :height, :width]
+        value_map = merge_windows(value, shape, self.window_size)
+        lim = conv_channels_last(self.lim_func, value_map)
+        out = self.proj_drop(self.proj(merge_windows(out, shape, self.window_size) + lim))  # (3)
+        # A crop that copies. Compilers would treat sizes that windows divide apart by their strides.
+        return F.pad(out, (0, 0, 0, shape[2] - out.shape[2], 0, shape[1] - out.shape[1]))
 
 
 def partition_windows(x: Tensor, size: int) -> Tensor:
@@ -192,13 +194,12 @@ def partition_windows(x: Tensor, size: int) -> Tensor:
     return x.reshape(batch * rows * columns, size * size, channels)
 
 
-def merge_windows(windows: Tensor, height: int, width: int, size: int) -> Tensor:
+def merge_windows(windows: Tensor, shape: torch.Size, size: int) -> Tensor:
     """Reverse :func:`partition_windows`, but for the crop of what it padded.
 
     Args:
         windows (Tensor): Windows of shape (B * rows * columns, size * size, C).
-        height (int): Rows of the map that was split, in pixels.
-        width (int): Columns of that map.
+        shape (torch.Size): Shape (B, H, W, C) of the map that was split.
         size (int): Side of a window in pixels.
 
     Returns:
@@ -207,13 +208,14 @@ def merge_windows(windows: Tensor, height: int, width: int, size: int) -> Tensor
     Example:
         >>> import torch
         >>> x = torch.rand(2, 8, 14, 3)
-        >>> merged = merge_windows(partition_windows(x, size=7), 8, 14, size=7)
+        >>> merged = merge_windows(partition_windows(x, size=7), x.shape, size=7)
         >>> merged.shape, torch.equal(merged[:, :8], x)
         (torch.Size([2, 14, 14, 3]), True)
     """
+    batch, height, width, channels = shape
     rows, columns = (height + size - 1) // size, (width + size - 1) // size
-    x = windows.unflatten(1, (size, size)).unflatten(0, (-1, rows, columns))
-    return x.transpose(2, 3).reshape(-1, rows * size, columns * size, windows.shape[-1])
+    x = windows.view(batch, rows, columns, size, size, channels).transpose(2, 3)
+    return x.reshape(batch, rows * size, columns * size, channels)
 
 
 @torch.fx.wrap
@@ -249,8 +251,9 @@ def fused_attention(
         >>> fused_attention(q, k, v, num_heads=2, scale=40**-0.5).shape
         torch.Size([1, 9, 64])
     """
-    if query.shape[0] > MAX_BATCH:
-        parts = zip(*(x.split(MAX_BATCH) for x in (query, key, value)), strict=True)
+    limit = MAX_BATCH.get(query.device.type)
+    if limit and query.shape[0] > limit:
+        parts = zip(*(x.split(limit) for x in (query, key, value)), strict=True)
         return torch.cat([fused_attention(*part, num_heads, scale, dropout) for part in parts])
     query, key, value = (
         x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (query, key, value)

@@ -1,10 +1,11 @@
 # Copyright (c) mmscalablevit contributors. All rights reserved.
-"""Patch embedding, conditional position encoding and MLP.
+"""Patch embedding, conditional position encoding, MLP and the block around an attention.
 
 Maps travel between modules channels-last, as (B, H, W, C): linear layers and norms then need no
 transposition, and a convolution sees the same memory as an NCHW tensor in channels-last format.
 """
 
+from mmcv.cnn.bricks import DropPath
 from torch import Tensor, nn
 
 
@@ -112,3 +113,44 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Transform the last dimension of ``x``; the shape stays."""
         return self.drop2(self.fc2(self.drop1(self.act(self.fc1(x)))))
+
+
+class Block(nn.Module):
+    """Transformer block: attention and MLP, each with pre-norm, residual and stochastic depth.
+
+    Formulas (4) ``X + attn(LN(X))`` and, of its result, (5) ``X + MLP(LN(X))``.
+
+    Args:
+        embed_dims (int): Channels of the map.
+        attn (nn.Module): Attention on a map of shape (B, H, W, C).
+        mlp_ratio (float): Width of the MLP relative to ``embed_dims``. Defaults to 4.
+        drop (float): Dropout rate inside the MLP. Defaults to 0.
+        drop_path (float): Stochastic depth rate of both branches. Defaults to 0.
+
+    Example:
+        >>> import torch
+        >>> block = Block(64, attn=nn.Identity())
+        >>> block(torch.rand(1, 7, 9, 64)).shape
+        torch.Size([1, 7, 9, 64])
+    """
+
+    def __init__(
+        self,
+        embed_dims: int,
+        attn: nn.Module,
+        mlp_ratio: float = 4.0,
+        drop: float = 0.0,
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(embed_dims, eps=1e-6)
+        self.attn = attn
+        self.drop_path1 = DropPath(drop_path)
+        self.norm2 = nn.LayerNorm(embed_dims, eps=1e-6)
+        self.mlp = MLP(embed_dims, int(embed_dims * mlp_ratio), drop)
+        self.drop_path2 = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform a map of shape (B, H, W, C); the shape stays."""
+        x = x + self.drop_path1(self.attn(self.norm1(x)))  # (4)
+        return x + self.drop_path2(self.mlp(self.norm2(x)))  # (5)

@@ -1,5 +1,10 @@
 # Copyright (c) mmscalablevit contributors. All rights reserved.
-"""The ScalableViT backbone: arch zoo, stages, multi-scale outputs, freezing, initialization."""
+"""The ScalableViT backbone: stages, multi-scale outputs, freezing, initialization.
+
+Formula (6) of a stage, numbered as in docs/architecture.md, with blocks of formulas (4) and (5)::
+
+    (6)  X = block_n(... block_1(PEG(block_0(PatchEmbed(X)))))
+"""
 
 from __future__ import annotations
 
@@ -8,7 +13,6 @@ from collections.abc import Sequence
 from itertools import islice
 
 import torch
-from mmcv.cnn.bricks import DropPath
 from mmengine.logging import print_log
 from mmengine.model import BaseModule, PretrainedInit, trunc_normal_init
 from mmengine.registry import MODELS, WEIGHT_INITIALIZERS
@@ -18,49 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from ..checkpoint.released import load_backbone_checkpoint
 from .arch import ARCH_ZOO, NUM_STAGES, arch_settings, check_int, check_out_indices, check_rate
 from .attention import InteractiveWindowSelfAttention, ScalableSelfAttention
-from .layers import MLP, PatchEmbed, PositionEncodingGenerator
-
-
-class Block(nn.Module):
-    """Transformer block: attention and MLP, each with pre-norm, residual and stochastic depth::
-
-        (4)  X = X + attn(LN(X))
-        (5)  X = X + MLP(LN(X))
-
-    Args:
-        embed_dims (int): Channels of the map.
-        attn (nn.Module): Attention on a map of shape (B, H, W, C).
-        mlp_ratio (float): Width of the MLP relative to ``embed_dims``. Defaults to 4.
-        drop (float): Dropout rate inside the MLP. Defaults to 0.
-        drop_path (float): Stochastic depth rate of both branches. Defaults to 0.
-
-    Example:
-        >>> import torch
-        >>> block = Block(64, InteractiveWindowSelfAttention(64, num_heads=2))
-        >>> block(torch.rand(1, 7, 9, 64)).shape
-        torch.Size([1, 7, 9, 64])
-    """
-
-    def __init__(
-        self,
-        embed_dims: int,
-        attn: nn.Module,
-        mlp_ratio: float = 4.0,
-        drop: float = 0.0,
-        drop_path: float = 0.0,
-    ) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(embed_dims, eps=1e-6)
-        self.attn = attn
-        self.drop_path1 = DropPath(drop_path)
-        self.norm2 = nn.LayerNorm(embed_dims, eps=1e-6)
-        self.mlp = MLP(embed_dims, int(embed_dims * mlp_ratio), drop)
-        self.drop_path2 = DropPath(drop_path)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Transform a map of shape (B, H, W, C); the shape stays."""
-        x = x + self.drop_path1(self.attn(self.norm1(x)))  # (4)
-        return x + self.drop_path2(self.mlp(self.norm2(x)))  # (5)
+from .layers import Block, PatchEmbed, PositionEncodingGenerator
 
 
 @MODELS.register_module()
@@ -255,6 +217,7 @@ class ScalableViT(BaseModule):
         return tuple(outs)
 
     def _forward_stage(self, index: int, x: Tensor) -> Tensor:
+        """Compute formula (6)."""
         x = self.patch_embeds[index](x)
         for j, block in enumerate(self.stages[index]):
             if self.with_cp and torch.is_grad_enabled():

@@ -16,22 +16,18 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
 
-import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, init_default_scope
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmscalablevit import ScalableViT, __version__, cli
-from mmscalablevit.models.arch import ARCH_ZOO
 
 ROOT = Path(__file__).parents[2]
 OURS = ('small', 'base', 'large', 'small-merged')
@@ -45,8 +41,7 @@ PEERS = {
 BASES = {'swin-t': 'mmdet', 'twins-svt-s': 'mmseg'}
 MODELS_HELP = (
     f'of {", ".join([*OURS, "plain", *BASES, *PEERS])}, or configs (*.py) of whole detectors and '
-    'segmentors; with :compiled for torch.compile, :dynamic for torch.compile with dynamic sizes, '
-    ':cp for gradient checkpointing'
+    'segmentors; with :compiled for torch.compile, :cp for gradient checkpointing'
 )
 DTYPES = dict(float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16)
 MATMUL_SIZE = 2048
@@ -55,15 +50,7 @@ MATMUL = 'matrix product'
 
 @dataclass(frozen=True)
 class Case:
-    """What every model is measured at.
-
-    Args:
-        mode (str): 'inference' or 'train', a training step with AdamW.
-        dtype (str): 'float32', or the type of autocast.
-        height (int): Height of the images in pixels.
-        width (int): Width of the images in pixels.
-        batch (int): Images in a batch.
-    """
+    """What every model is measured at; ``dtype`` is 'float32', or the type of autocast."""
 
     mode: str
     dtype: str
@@ -77,17 +64,10 @@ class Case:
 
 @dataclass
 class Result:
-    """What one model took in one case.
+    """What one model took in one case: seconds of each round, 1e9 operations, peak memory in MB.
 
-    Args:
-        model (str): Name of the model.
-        case (Case): The case.
-        seconds (list[float]): One value for each round.
-        gflops (float | None): Needed operations in units of 1e9, a multiply-add as two.
-        memory (float | None): Peak memory in MB: resident on CPU, in a process of its own; that
-            PyTorch allocated on CUDA.
-        first (float): Seconds of the first pass, compilation included.
-        parts (dict[str, float]): Share of the parts of a whole model, from 0 to 1.
+    A multiply-add is two operations. Memory is resident on CPU, in a process of its own, and what
+    PyTorch allocated on CUDA. ``backbone`` is its share in the time of a whole model.
     """
 
     model: str
@@ -95,8 +75,7 @@ class Result:
     seconds: list[float] = field(default_factory=list)
     gflops: float | None = None
     memory: float | None = None
-    first: float = 0.0
-    parts: dict[str, float] = field(default_factory=dict)
+    backbone: float | None = None
 
     @property
     def median(self) -> float:
@@ -104,76 +83,55 @@ class Result:
         return statistics.median(self.seconds)
 
 
-class Plain(nn.Module):
-    """The plain transcription of the formulas, with the weights of a backbone.
-
-    Args:
-        arch (str): Name of the architecture.
-    """
+class Plain(ScalableViT):
+    """The plain transcription of the formulas, with the weights of the backbone of an arch."""
 
     def __init__(self, arch: str) -> None:
-        super().__init__()
+        super().__init__(arch)
         path = ROOT / 'tests' / 'plain.py'
         if not path.exists():
             raise cli.UserError(f"the model 'plain' is {path}, which only a clone has")
         spec = importlib.util.spec_from_file_location('plain', path)
-        plain = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(plain)
-        self.run = plain.plain_forward
-        self.arch = ARCH_ZOO[arch]
-        self.weights = ScalableViT(arch)
-
-    def init_weights(self) -> None:
-        """Initialize as the backbone."""
-        self.weights.init_weights()
+        self.plain = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(self.plain)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Compute the four maps."""
-        return self.run(dict(self.weights.named_parameters()), self.arch, images)
+        parameters = dict(self.named_parameters())
+        return self.plain.plain_forward(parameters, self.arch_settings, images)
 
 
 class Whole(nn.Module):
-    """A detector or segmentor of a config, on made-up images and annotations.
-
-    Args:
-        path (str): The config.
-    """
+    """A detector or segmentor of a config, on made-up images and annotations."""
 
     def __init__(self, path: str) -> None:
         super().__init__()
         cfg = Config.fromfile(path)
-        self.scope = cfg.default_scope
-        init_default_scope(self.scope)
+        init_default_scope(cfg.default_scope)
         self.model = MODELS.build(cfg.model)
-        self.is_detector = self.scope == 'mmdet'
-
-    def init_weights(self) -> None:
-        """Initialize the model."""
-        self.model.init_weights()
+        self.is_detector = cfg.default_scope == 'mmdet'
+        self.init_weights = self.model.init_weights
 
     def inputs(self, images: Tensor) -> dict:
         """Images with as many made-up annotations as usual."""
         batch, _, height, width = images.shape
+        # What the data preprocessor would add.
+        shapes = dict.fromkeys(('img_shape', 'ori_shape', 'pad_shape'), (height, width))
         if self.is_detector:
             from mmdet.testing import demo_mm_inputs
 
-            data = demo_mm_inputs(
-                batch, (3, height, width), num_items=[8] * batch, with_mask=True, device='cpu'
-            )
-            # What the data preprocessor would add.
-            shapes = dict(pad_shape=(height, width), batch_input_shape=(height, width))
-            samples = [sample.to(images.device) for sample in data['data_samples']]
-            for sample in samples:
-                sample.set_metainfo(shapes)
-            return dict(inputs=images, data_samples=samples)
-        from mmengine.structures import PixelData
-        from mmseg.structures import SegDataSample
+            sizes = dict(image_shapes=(3, height, width), num_items=[8] * batch)
+            samples = demo_mm_inputs(batch, **sizes, with_mask=True, device='cpu')['data_samples']
+            shapes = dict(shapes, batch_input_shape=(height, width))
+        else:
+            from mmengine.structures import PixelData
+            from mmseg.structures import SegDataSample
 
-        meta = dict(img_shape=(height, width), ori_shape=(height, width), pad_shape=(height, width))
-        labels = torch.zeros(1, height, width, dtype=torch.long, device=images.device)
-        samples = [
-            SegDataSample(gt_sem_seg=PixelData(data=labels), metainfo=meta) for _ in range(batch)
-        ]
+            labels = PixelData(data=torch.zeros(1, height, width, dtype=torch.long))
+            samples = [SegDataSample(gt_sem_seg=labels) for _ in range(batch)]
+        samples = [sample.to(images.device) for sample in samples]
+        for sample in samples:
+            sample.set_metainfo(shapes)
         return dict(inputs=images, data_samples=samples)
 
     def forward(self, images: Tensor) -> object:
@@ -209,18 +167,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--rounds', type=int, default=5, help='measured passes of each model')
     parser.add_argument('--device', choices=['cpu', 'cuda'], default='cpu')
     parser.add_argument('--no-memory', action='store_true', help='do not measure memory')
-    parser.add_argument('--out', type=Path, help='folder for benchmark.json, .md and .png')
+    parser.add_argument('--out', type=Path, help='folder for benchmark.json and benchmark.md')
     parser.add_argument('--measure-memory', help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def size(text: str) -> tuple[int, int, int]:
-    """Read BxHxW.
-
-    Example:
-        >>> size('1x800x1280')
-        (1, 800, 1280)
-    """
+    """Read BxHxW."""
     batch, height, width = (int(number) for number in text.split('x'))
     if min(batch, height, width) < 1:
         raise ValueError
@@ -228,11 +181,7 @@ def size(text: str) -> tuple[int, int, int]:
 
 
 def build(name: str) -> nn.Module:
-    """Build a model by its name, without compilation.
-
-    Raises:
-        UserError: If there is no such model.
-    """
+    """Build a model by its name, without compilation."""
     base = name.split(':')[0]
     with_cp = ':cp' in name
     torch.manual_seed(0)
@@ -273,9 +222,7 @@ def prepare(name: str, case: Case, device: str) -> Callable[[], None]:
     model = build(name).to(device)
     model.train(case.mode == 'train')
     images = torch.rand(case.batch, 3, case.height, case.width).to(device)
-    run = model
-    if ':compiled' in name or ':dynamic' in name:
-        run = torch.compile(model, dynamic=True if ':dynamic' in name else None)
+    run = torch.compile(model) if ':compiled' in name else model
     low_precision = case.dtype != 'float32'
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6) if case.mode == 'train' else None
 
@@ -296,40 +243,29 @@ def prepare(name: str, case: Case, device: str) -> Callable[[], None]:
     return once
 
 
-def measure(case: Case, names: list[str], args: argparse.Namespace, tick: Callable) -> list[Result]:
-    """Measure all models in one case, in turn.
-
-    Args:
-        case (Case): The case.
-        names (list[str]): The models.
-        args (argparse.Namespace): The command line.
-        tick (Callable): Called with a text after each step.
-
-    Returns:
-        list[Result]: One for each model, and one for a matrix product.
-    """
+def measure(case: Case, args: argparse.Namespace) -> list[Result]:
+    """Measure all models in one case, in turn, and a matrix product."""
+    names = args.models
     results = {name: Result(name, case, gflops=count_gflops(name, case)) for name in names}
     # Once for all: a reset would throw away what models before were compiled to.
     torch._dynamo.reset()
     runs = {}
     for name in names:
         runs[name] = prepare(name, case, args.device)
-        results[name].first = seconds(runs[name], args.device)
-        tick(f'{case}: {name} warmed up')
+        runs[name]()
     results[MATMUL] = Result(MATMUL, case, gflops=2 * MATMUL_SIZE**3 / 1e9)
     runs[MATMUL] = matrix_product(case, args.device)
+    runs[MATMUL]()
     for _ in range(args.rounds):
         for name, run in runs.items():
             results[name].seconds.append(seconds(run, args.device))
-            tick(f'{case}: {name}')
     for name in names:
         if name.split(':')[0].endswith('.py') and case.mode == 'inference':
-            results[name].parts = parts(runs[name], args.device)
+            results[name].backbone = backbone_share(runs[name], args.device)
     runs.clear()
     if not args.no_memory:
         for name in names:
             results[name].memory = peak_memory(name, case, args.device)
-            tick(f'{case}: memory of {name}')
     return list(results.values())
 
 
@@ -351,7 +287,6 @@ def synchronize(device: str) -> None:
 def matrix_product(case: Case, device: str) -> Callable[[], None]:
     """A large matrix product in the case's type: the rate that the machine can reach."""
     a, b = torch.rand(2, MATMUL_SIZE, MATMUL_SIZE, device=device, dtype=DTYPES[case.dtype])
-    torch.mm(a, b)
     return lambda: torch.mm(a, b)
 
 
@@ -373,38 +308,20 @@ def count_gflops(name: str, case: Case) -> float | None:
     return counter.get_total_flops() * case.batch * passes / 1e9
 
 
-def parts(run: Callable[[], None], device: str) -> dict[str, float]:
-    """Share of the time that each part of a whole model takes, measured with hooks."""
-    spent, handles = {}, []
-    for name, module in run.model.model.named_children():
-        # A detector calls methods of its heads and not the heads themselves.
-        calls = ['forward'] if name in ('backbone', 'neck') else ['predict', 'forward']
-        for call in calls:
-            if hasattr(module, call):
-                handles.append(_time_method(module, call, name, spent, device))
-                break
+def backbone_share(run: Callable[[], None], device: str) -> float:
+    """Share of the backbone in the time of a whole model."""
+    times = []
+
+    def stamp(*_) -> None:
+        synchronize(device)
+        times.append(time.perf_counter())
+
+    backbone = run.model.model.backbone
+    handles = [backbone.register_forward_pre_hook(stamp), backbone.register_forward_hook(stamp)]
     total = seconds(run, device)
-    for undo in handles:
-        undo()
-    shares = {name: value / total for name, value in spent.items()}
-    return {**shares, 'rest': 1 - sum(shares.values())}
-
-
-def _time_method(
-    module: nn.Module, call: str, name: str, spent: dict[str, float], device: str
-) -> Callable[[], None]:
-    method = getattr(module, call)
-
-    def timed(*args, **kwargs) -> object:
-        synchronize(device)
-        start = time.perf_counter()
-        out = method(*args, **kwargs)
-        synchronize(device)
-        spent[name] = spent.get(name, 0.0) + time.perf_counter() - start
-        return out
-
-    setattr(module, call, timed)
-    return lambda: delattr(module, call)
+    for handle in handles:
+        handle.remove()
+    return (times[1] - times[0]) / total
 
 
 def peak_memory(name: str, case: Case, device: str) -> float | None:
@@ -432,8 +349,7 @@ def measure_memory(request: dict) -> None:
     run()
     run()
     # Not the maximum of getrusage, which a process inherits from the one that started it.
-    status = Path('/proc/self/status').read_text()
-    print(int(re.search(r'VmHWM:\s+(\d+) kB', status)[1]) / 2**10)
+    print(int(re.search(r'VmHWM:\s+(\d+) kB', Path('/proc/self/status').read_text())[1]) / 2**10)
 
 
 def ratio(result: Result, reference: Result) -> tuple[float, float, float]:
@@ -457,24 +373,23 @@ def rows(results: list[Result]) -> Iterator[list[str]]:
             f'{result.memory / reference.memory:.2f}' if result.memory else '',
             f'{gflops:.0f}' if gflops else '',
             f'{gflops / rate:.0%}' if gflops else '',
-            ', '.join(f'{name} {share:.0%}' for name, share in result.parts.items()),
+            f'{result.backbone:.0%}' if result.backbone else '',
         ]
 
 
-HEADER = ['Model', 'Seconds', 'Time ratio', 'Peak MB', 'Ratio', 'GFLOP/s', 'Of matmul', 'Parts']
+HEADER = ['Model', 'Seconds', 'Time ratio', 'Peak MB', 'Ratio', 'GFLOP/s', 'Of matmul', 'Backbone']
 
 
 def markdown(cases: list[list[Result]]) -> str:
     """All tables in Markdown."""
-    lines = [f'{machine()}', '']
-    for results in cases:
-        lines += [f'### {results[0].case}', '', f'| {" | ".join(HEADER)} |', '|---' * 8 + '|']
-        lines += [f'| {" | ".join(row)} |' for row in rows(results)] + ['']
-    lines.append(
+    tables = [
+        f'### {results[0].case}\n\n{cli.markdown_table(HEADER, rows(results))}' for results in cases
+    ]
+    note = (
         f'Time ratio: to {Path(cases[0][0].model).name}, median within a round (lowest to '
         'highest). GFLOP/s: needed operations, a multiply-add as two, zeros of padding not counted.'
     )
-    return '\n'.join(lines) + '\n'
+    return '\n\n'.join([machine(), *tables, note]) + '\n'
 
 
 def machine() -> str:
@@ -488,63 +403,13 @@ def machine() -> str:
 
 def cpu_name() -> str:
     """Name of the processor."""
-    try:
-        lines = Path('/proc/cpuinfo').read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(': ')[1] for line in lines if line.startswith('model name')), '')
-
-
-def plot(cases: list[list[Result]], path: Path) -> None:
-    """Latency and memory of one image against its area, log-log, with the fitted exponent."""
-    import matplotlib
-
-    matplotlib.use('Agg')
-    from matplotlib import pyplot as plt
-    from matplotlib.ticker import NullFormatter
-
-    groups = {}
-    for results in cases:
-        case = results[0].case
-        for result in results:
-            if result.model != MATMUL:
-                key = (case.mode, case.dtype)
-                groups.setdefault(key, {}).setdefault(result.model, []).append(result)
-    figure, axes = plt.subplots(2, len(groups), figsize=(6 * len(groups), 9), squeeze=False)
-    for column, (key, models) in enumerate(groups.items()):
-        for model, results in models.items():
-            area = [result.case.height * result.case.width / 1e6 for result in results]
-            times = [1e3 * result.median / result.case.batch for result in results]
-            draw(axes[0, column], area, times, Path(model).name)
-            memory = [result.memory for result in results]
-            if all(memory):
-                draw(axes[1, column], area, memory, Path(model).name)
-        axes[0, column].set(title=' '.join(key), ylabel='ms per image')
-        axes[1, column].set(xlabel='megapixels', ylabel='peak MB of the batch')
-        for axis in axes[:, column]:
-            axis.set(xscale='log', yscale='log')
-            areas = sorted({x for line in axis.lines for x in line.get_xdata()})
-            axis.set_xticks(areas, [f'{area:.2g}' for area in areas])
-            axis.xaxis.set_minor_formatter(NullFormatter())
-            axis.grid(alpha=0.3, which='both')
-            if axis.lines:
-                axis.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-
-
-def draw(axis: object, area: list[float], values: list[float], name: str) -> None:
-    """Draw one model's curve and name its exponent."""
-    order = np.argsort(area)
-    x, y = np.array(area)[order], np.array(values)[order]
-    label = name
-    if len(set(area)) > 1:
-        label += f', exponent {np.polyfit(np.log(x), np.log(y), 1)[0]:.2f}'
-    axis.plot(x, y, marker='o', label=label)
+    path = Path('/proc/cpuinfo')
+    found = re.search(r'model name\s*: (.*)', path.read_text()) if path.exists() else None
+    return found[1] if found else platform.processor()
 
 
 def save(cases: list[list[Result]], out: Path) -> None:
-    """Write benchmark.json, benchmark.md and benchmark.png."""
+    """Write benchmark.json and benchmark.md."""
     out.mkdir(parents=True, exist_ok=True)
     content = dict(
         machine=machine(),
@@ -553,7 +418,6 @@ def save(cases: list[list[Result]], out: Path) -> None:
     )
     (out / 'benchmark.json').write_text(json.dumps(content, indent=1))
     (out / 'benchmark.md').write_text(markdown(cases))
-    plot(cases, out / 'benchmark.png')
 
 
 def main() -> None:
@@ -570,31 +434,16 @@ def main() -> None:
         raise cli.UserError(f'--rounds must be at least 1, got {args.rounds}')
     for name in args.models:
         build(name)
-    console, cases = Console(), []
-    steps = len(args.models) * (1 + args.rounds + (not args.no_memory)) + args.rounds
-    todo = [
-        Case(mode, dtype, height, width, batch)
-        for mode in args.modes
-        for dtype in args.dtypes
-        for batch, height, width in args.sizes
-    ]
-    console.print(machine())
-    for case in todo:
-        with Progress(console=console, transient=True) as progress:
-            task = progress.add_task(str(case), total=steps)
-
-            def tick(text: str, progress: Progress = progress, task: int = task) -> None:
-                progress.update(task, description=text, advance=1)
-
-            cases.append(measure(case, args.models, args, tick))
-        table = Table(*HEADER, title=str(case))
-        for row in rows(cases[-1]):
-            table.add_row(*row)
-        console.print(table)
+    cases = []
+    print(machine())
+    for mode, dtype, (batch, height, width) in product(args.modes, args.dtypes, args.sizes):
+        case = Case(mode, dtype, height, width, batch)
+        cases.append(measure(case, args))
+        print(f'\n{case}\n\n{cli.markdown_table(HEADER, rows(cases[-1]))}', flush=True)
         if args.out:
             save(cases, args.out)
     if args.out:
-        console.print(f'Wrote {args.out}/benchmark.json, benchmark.md and benchmark.png')
+        print(f'Wrote {args.out}/benchmark.json and benchmark.md')
 
 
 if __name__ == '__main__':

@@ -2,25 +2,22 @@
 """Pictures of what a ScalableViT backbone computes for an image, beside Swin-T if wanted."""
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 import matplotlib
 import numpy as np
 import torch
-import torch.nn.functional as F
 from mmengine.registry import MODELS
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from mmscalablevit import ScalableViT, cli
 from mmscalablevit.checkpoint.reading import check_values, find_weights, read_checkpoint
 from mmscalablevit.checkpoint.released import load_backbone_checkpoint
 from mmscalablevit.errors import CheckpointError
-from mmscalablevit.models.attention import (
-    InteractiveWindowSelfAttention,
-    ScalableSelfAttention,
-)
-from mmscalablevit.models.layers import conv_channels_last
+from mmscalablevit.models import ScalableSelfAttention
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
@@ -28,9 +25,18 @@ import matplotlib.pyplot as plt
 MEAN = np.array([123.675, 116.28, 103.53], np.float32)
 STD = np.array([58.395, 57.12, 57.375], np.float32)
 SWIN_T = dict(type='mmdet.SwinTransformer', embed_dims=96, depths=[2, 2, 6, 2])
-# Longer side of an image in the pictures, whatever the input's.
-DRAWN_SIDE = 480
-Panel = tuple[str, np.ndarray]
+# Input and output of layers, by name.
+Maps = dict[str, tuple[Tensor, Tensor]]
+
+
+@dataclass
+class Panel:
+    """A picture (H, W, 3) of 0 to 1; place of a cross, steps of a grid, as (x, y) of 0 to 1."""
+
+    title: str
+    picture: np.ndarray
+    point: tuple[float, float] | None = None
+    step: tuple[float, float] | None = None
 
 
 def parse_args() -> argparse.Namespace:
@@ -53,62 +59,54 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--compare-checkpoint', help='checkpoint of an mmdet detector with Swin-T; else random'
     )
-    parser.add_argument(
-        '--max-size', type=int, default=1333, help='longer side is reduced to this, default 1333'
-    )
-    parser.add_argument(
-        '--erf-images', type=int, default=4, help='random images of the receptive fields, default 4'
-    )
-    parser.add_argument('--erf-size', type=int, default=448, help='their side, default 448')
-    parser.add_argument('--dpi', type=int, default=100, help='of the pictures, default 100')
+    for name, default, meaning in (
+        ('--max-size', 1333, 'longer side is reduced to this many pixels'),
+        ('--erf-images', 4, 'random images of the receptive fields'),
+        ('--erf-size', 448, 'their side in pixels'),
+        ('--dpi', 100, 'dots an inch of the pictures'),
+    ):
+        parser.add_argument(name, type=positive, default=default, help=f'{meaning}, {default}')
     parser.add_argument('--cfg-options', nargs='+', action=cli.DictAction, metavar='KEY=VALUE')
-    args = parser.parse_args()
-    args.work_dir, args.launcher = None, 'none'
-    return args
+    return parser.parse_args()
 
 
 def main() -> None:
     """Compute and write the pictures."""
     args = parse_args()
-    check_arguments(args)
     image = read_image(args.image, args.max_size)
-    point = parse_point(args, image)
+    point = parse_point(args)
     models = {label(args.checkpoint, 'ScalableViT'): build_scalablevit(args)}
-    if args.compare:
+    if args.compare or args.compare_checkpoint:
         models[label(args.compare_checkpoint, 'Swin-T')] = build_swin(args.compare_checkpoint)
     out_dir = Path(args.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     name, backbone = next(iter(models.items()))
-    images = normalize(image)
+    images = torch.from_numpy((image - MEAN) / STD).permute(2, 0, 1)[None]
 
     def write(file: str, title: str, rows: list[list[Panel]]) -> None:
         save_grid(out_dir / file, title, rows, args.dpi)
         print(f'wrote {out_dir / file}', flush=True)
 
-    with torch.no_grad():
-        rows = [row for key, model in models.items() for row in feature_rows(key, model, images)]
-        write('features.png', 'Feature maps of the stages', rows)
-        inputs = attention_inputs(backbone, images)
-    rows = [attention_row(inputs, image, point)]
+    rows = [row for key, model in models.items() for row in feature_rows(key, model, images)]
+    write('features.png', 'Feature maps of the stages', rows)
+    maps = record(backbone, last_attentions(backbone), images)[1]
+    rows = [attention_row(backbone, maps, image, point)]
     write('attention.png', f'{name}: where the last SSA of each stage looks from the cross', rows)
-    rows = window_rows(inputs, image)
+    rows = window_rows(backbone, maps, image)
     write('windows.png', f'{name}: windows of IWSA and share of LIM, last IWSA of each stage', rows)
-    rows = []
-    for key, model in models.items():
-        print(f'Receptive fields of {key} ...', flush=True)
-        fields = receptive_fields(model, args.erf_images, args.erf_size)
-        rows.append(field_row(key, fields))
+    rows = [
+        field_row(key, receptive_fields(model, args.erf_images, args.erf_size))
+        for key, model in models.items()
+    ]
     title = f'Effective receptive fields, {args.erf_images} random images (brightness: fourth root)'
     write('receptive_fields.png', title, rows)
 
 
-def check_arguments(args: argparse.Namespace) -> None:
-    """Raise where the arguments do not fit each other."""
-    if args.compare_checkpoint and not args.compare:
-        raise cli.UserError('--compare-checkpoint needs --compare')
-    for name, low in (('max_size', 1), ('erf_images', 1), ('erf_size', 1), ('dpi', 20)):
-        if getattr(args, name) < low:
-            raise cli.UserError(f'--{name.replace("_", "-")} must be at least {low}')
+def positive(text: str) -> int:
+    """Read a positive integer."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
 
 
 def label(checkpoint: str | None, name: str) -> str:
@@ -123,26 +121,14 @@ def read_image(path: str, max_size: int) -> np.ndarray:
     image = cv2.imread(path)
     if image is None:
         raise cli.UserError(f'image {path} cannot be read')
-    return reduced(image, max_size)[..., ::-1].copy()
+    factor = max_size / max(image.shape[:2])
+    if factor < 1:
+        size = [max(round(x * factor), 1) for x in image.shape[1::-1]]
+        image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    return image[..., ::-1].copy()
 
 
-def reduced(image: np.ndarray, side: int) -> np.ndarray:
-    """Reduce an image to ``side`` pixels at its longer side; a smaller one stays."""
-    factor = side / max(image.shape[:2])
-    if factor >= 1:
-        return image
-    size = [max(round(x * factor), 1) for x in image.shape[1::-1]]
-    return cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-
-
-def at_drawn_size(image: np.ndarray) -> np.ndarray:
-    """Reduce or enlarge an image for the lines on it to be equally thin."""
-    factor = max(DRAWN_SIDE / max(image.shape[:2]), 1)
-    image = cv2.resize(image, None, fx=factor, fy=factor, interpolation=cv2.INTER_NEAREST)
-    return reduced(image, DRAWN_SIDE)
-
-
-def parse_point(args: argparse.Namespace, image: np.ndarray) -> tuple[float, float]:
+def parse_point(args: argparse.Namespace) -> tuple[float, float]:
     """The query as fractions of width and height."""
     if args.point is None:
         return 0.5, 0.5
@@ -156,15 +142,10 @@ def parse_point(args: argparse.Namespace, image: np.ndarray) -> tuple[float, flo
     return x / width, y / height
 
 
-def normalize(image: np.ndarray) -> Tensor:
-    """RGB (H, W, 3) to a batch of one as the configs normalize it."""
-    return torch.from_numpy((image - MEAN) / STD).permute(2, 0, 1)[None]
-
-
 def build_scalablevit(args: argparse.Namespace) -> ScalableViT:
     """Build the backbone of the config, or of the arch, with all stages as outputs."""
     if args.config:
-        cfg = cli.load_config(args)
+        cfg = cli.read_config(args.config, args.cfg_options)
         settings = dict((cfg.get('model') or {}).get('backbone') or {})
         if settings.get('type') != 'ScalableViT':
             raise cli.UserError(f'config {args.config} has no model.backbone of type ScalableViT')
@@ -206,168 +187,108 @@ def build_swin(checkpoint: str | None) -> nn.Module:
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        found = '; '.join(line.strip()[:120] for line in str(error).splitlines()[1:3])
         raise CheckpointError(
-            f"checkpoint {checkpoint} has no {prefix}* weights of mmdet's Swin-T: {found}"
+            f"checkpoint {checkpoint} has no {prefix}* weights of mmdet's Swin-T: {error}"
         ) from error
     return model
 
 
-def attention_inputs(backbone: ScalableViT, images: Tensor) -> list[dict[type, tuple]]:
-    """Run a backbone and keep the last attention of each kind and stage with its input.
+@torch.no_grad()
+def record(model: nn.Module, layers: dict[str, nn.Module], images: Tensor) -> tuple[object, Maps]:
+    """Run a model; return its outputs, and input and output of some of its layers by name."""
+    kept = {}
 
-    Args:
-        backbone (ScalableViT): The backbone.
-        images (Tensor): Images of shape (B, 3, H, W).
+    def keep(name: str) -> RemovableHandle:
+        return layers[name].register_forward_hook(
+            lambda layer, inputs, out: kept.update({name: (inputs[0], out)})
+        )
 
-    Returns:
-        list[dict[type, tuple]]: For each stage, by class of attention: module, and its input map of
-        shape (B, H, W, C).
-    """
-    kept: list[dict[type, tuple]] = []
-    handles = []
-    for stage in backbone.stages:
-        last = {type(block.attn): block.attn for block in stage}
-        found: dict[type, tuple] = {}
-        kept.append(found)
-        for kind, attn in last.items():
-
-            def keep(module, inputs, kind=kind, found=found):
-                found[kind] = (module, inputs[0].detach())
-
-            handles.append(attn.register_forward_pre_hook(keep))
+    handles = [keep(name) for name in layers]
     try:
-        backbone(images)
+        return model(images), kept
     finally:
         for handle in handles:
             handle.remove()
-    return kept
 
 
-@torch.no_grad()
-def attention_at(
-    attn: ScalableSelfAttention, x: Tensor, row: int, column: int
-) -> tuple[Tensor, Tensor]:
-    """SSA for one query only, without the matrix of all of them.
+def last_attentions(backbone: ScalableViT) -> dict[str, nn.Module]:
+    """The last IWSA and SSA of each stage as '0.iwsa' and '0.ssa', and layers of them."""
+    found = {}
+    for i, stage in enumerate(backbone.stages):
+        for block in stage:
+            kind = 'ssa' if isinstance(block.attn, ScalableSelfAttention) else 'iwsa'
+            found[f'{i}.{kind}'] = block.attn
+    layers = ('q', 'k', 'kv', 'lim_func', 'proj')
+    return found | {
+        f'{name}.{layer}': getattr(attn, layer)
+        for name, attn in found.items()
+        for layer in layers
+        if hasattr(attn, layer)
+    }
 
-    Args:
-        attn (ScalableSelfAttention): The attention.
-        x (Tensor): Its input map of shape (1, H, W, C).
-        row (int): Row of the query.
-        column (int): Column of the query.
 
-    Returns:
-        tuple[Tensor, Tensor]: Weights over the reduced map, (heads, rows, columns), and what the
-        module puts out at the query, (C,).
+def attention_at(query: Tensor, key: Tensor, attn: ScalableSelfAttention) -> Tensor:
+    """Weights of SSA of one query (heads * D,) over a map of keys (rows, columns, heads * D).
+
+    Without the matrix of all queries, which grows with the image squared.
     """
-    query = attn.q(x[:, row, column]).view(attn.num_heads, 1, -1)
-    key, value = (part[0] for part in attn._key_value(x))
-    weights = (query @ key.transpose(1, 2) * attn.scale).softmax(-1)
-    out = attn.proj((weights @ value).flatten())
-    rows, columns = (max(side // attn.sr_ratio, 1) for side in x.shape[1:3])
-    return weights.view(attn.num_heads, rows, columns), out
-
-
-@torch.no_grad()
-def window_parts(attn: InteractiveWindowSelfAttention, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The two summands of IWSA before its projection.
-
-    Args:
-        attn (InteractiveWindowSelfAttention): The attention.
-        x (Tensor): Its input map of shape (1, H, W, C).
-
-    Returns:
-        tuple[Tensor, Tensor]: Attention inside windows and LIM, both of shape (1, H, W, C).
-    """
-    _, height, width, channels = x.shape
-    size, heads = attn.window_size, attn.num_heads
-    x = F.pad(x, (0, 0, 0, -width % size, 0, -height % size))
-    rows, columns = x.shape[1] // size, x.shape[2] // size
-    qkv = attn.qkv(x)
-    lim = conv_channels_last(attn.lim_func, qkv[..., 2 * channels :])
-    windows = qkv.reshape(rows, size, columns, size, 3, heads, -1).permute(4, 0, 2, 5, 1, 3, 6)
-    query, key, value = windows.flatten(4, 5)
-    out = (query @ key.transpose(-1, -2) * attn.scale).softmax(-1) @ value
-    out = out.unflatten(3, (size, size)).permute(0, 3, 1, 4, 2, 5).reshape(1, *x.shape[1:])
-    return out[:, :height, :width], lim[:, :height, :width]
+    query, key = (x.unflatten(-1, (attn.num_heads, -1)) for x in (query, key))
+    logits = attn.scale * torch.einsum('hd,yxhd->hyx', query, key)
+    return logits.flatten(1).softmax(-1).view_as(logits)
 
 
 def receptive_fields(model: nn.Module, num_images: int, side: int) -> list[np.ndarray]:
-    """Mean gradient of the center of each stage's map with respect to random images.
+    """Mean absolute gradient (side, side) of the center of each stage's map by random images.
 
     The scalar that is derived is a sum over channels with random signs, others in each image.
-
-    Args:
-        model (nn.Module): A backbone.
-        num_images (int): Number of images, of standard normal noise.
-        side (int): Their side in pixels.
-
-    Returns:
-        list[np.ndarray]: For each stage the sum of absolute gradients over colors, (side, side).
     """
     generator = torch.Generator().manual_seed(0)
-    totals: list[Tensor] = []
+    fields = []
     for _ in range(num_images):
         image = torch.randn(1, 3, side, side, generator=generator).requires_grad_()
-        outs = model(image)
-        for i, out in enumerate(outs):
+        gradients = []
+        for out in model(image):
             center = out[0, :, out.shape[2] // 2, out.shape[3] // 2]
             # LayerNorm makes the plain sum of an untrained model a constant.
             signs = torch.randint(2, center.shape, generator=generator) * 2 - 1
-            center = (signs * center).sum()
-            (gradient,) = torch.autograd.grad(center, image, retain_graph=i < len(outs) - 1)
-            gradient = gradient[0].abs().sum(0)
-            if i == len(totals):
-                totals.append(torch.zeros_like(gradient))
-            totals[i] += gradient / num_images
-    return [total.numpy() for total in totals]
+            (gradient,) = torch.autograd.grad((signs * center).sum(), image, retain_graph=True)
+            gradients.append(gradient[0].abs().sum(0))
+        fields.append(torch.stack(gradients))
+    return list(torch.stack(fields).mean(0).numpy())
 
 
 def side_holding(field: np.ndarray, share: float) -> int:
     """Side in pixels of the smallest centered square that holds a share of a field's sum."""
-    center_y, center_x = (size // 2 for size in field.shape)
-    total = field.sum()
-    for radius in range(max(field.shape)):
-        square = field[
-            max(center_y - radius, 0) : center_y + radius + 1,
-            max(center_x - radius, 0) : center_x + radius + 1,
-        ]
-        if square.sum() >= share * total:
-            return min(2 * radius + 1, max(field.shape))
-    return max(field.shape)
+    rows, columns = (np.abs(np.arange(size) - size // 2) for size in field.shape)
+    radii = np.maximum(rows[:, None], columns)
+    held = np.cumsum(np.bincount(radii.ravel(), field.ravel()))
+    return min(2 * int(np.argmax(held >= share * held[-1])) + 1, max(field.shape))
 
 
 def feature_rows(name: str, model: nn.Module, images: Tensor) -> list[list[Panel]]:
     """Principal components of a model's maps of one image, and norms before the last LayerNorm."""
-    before: dict[int, Tensor] = {}
-    handles = []
-    for i, norm in enumerate(stage_norms(model)):
-
-        def keep(module, inputs, i=i):
-            before[i] = inputs[0].detach()
-
-        handles.append(norm.register_forward_pre_hook(keep))
-    try:
-        maps = model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
+    maps, kept = record(model, stage_norms(model), images)
     colors, norms = [], []
     for i, x in enumerate(maps):
         channels, height, width = x.shape[1:]
         title = f'{name}\nstage {i}: {channels} x {height} x {width}'
-        colors.append((title, principal_components(x[0])))
-        norm = before[i].norm(dim=-1).view(height, width) if i in before else x[0].norm(dim=0)
-        norm = norm.numpy()
-        norms.append((f'norm {norm.min():.2g} to {norm.max():.2g}', heat(norm)))
+        colors.append(Panel(title, principal_components(x[0])))
+        before = kept[str(i)][0] if str(i) in kept else x.permute(0, 2, 3, 1)
+        norm = before.norm(dim=-1).view(height, width).numpy()
+        norms.append(
+            Panel(
+                f'norm {norm.min():.2g} to {norm.max():.2g}',
+                heat((norm - norm.min()) / max(np.ptp(norm), 1e-12)),
+            )
+        )
     return [colors, norms]
 
 
-def stage_norms(model: nn.Module) -> list[nn.Module]:
+def stage_norms(model: nn.Module) -> dict[str, nn.Module]:
     """The LayerNorms through which maps leave a backbone; after them, all norms are alike."""
     if isinstance(model, ScalableViT):
-        return list(getattr(model, 'norm_list', []))
-    return [getattr(model, f'norm{i}') for i in range(4)]
+        return dict(model.norm_list.named_children()) if hasattr(model, 'norm_list') else {}
+    return {str(i): getattr(model, f'norm{i}') for i in range(4)}
 
 
 def principal_components(x: Tensor) -> np.ndarray:
@@ -383,122 +304,92 @@ def principal_components(x: Tensor) -> np.ndarray:
     return colors.reshape(*x.shape[1:], -1)
 
 
-def heat(values: np.ndarray, low: float | None = None, high: float | None = None) -> np.ndarray:
-    """Values (H, W) as colors (H, W, 3) in 0 to 1."""
-    low = values.min() if low is None else low
-    high = values.max() if high is None else high
-    return plt.get_cmap('viridis')((values - low) / max(high - low, 1e-12))[..., :3]
-
-
-def overlay(image: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Values (h, w) in 0 to 1 as colors over a gray image (H, W, 3)."""
-    height, width = image.shape[:2]
-    spread = cv2.resize(values.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR)
-    return 0.4 * gray(image) + 0.6 * heat(spread, 0, 1)
-
-
-def gray(image: np.ndarray) -> np.ndarray:
-    """An image (H, W, 3) without its colors, in 0 to 1."""
-    return image.mean(2, keepdims=True).repeat(3, 2) / 255
+def heat(values: np.ndarray) -> np.ndarray:
+    """Values (H, W) in 0 to 1 as colors (H, W, 3) in 0 to 1."""
+    return plt.get_cmap('viridis')(values)[..., :3]
 
 
 def attention_row(
-    inputs: list[dict[type, tuple]], image: np.ndarray, point: tuple[float, float]
+    backbone: ScalableViT, maps: Maps, image: np.ndarray, point: tuple[float, float]
 ) -> list[Panel]:
     """The image, and where each stage's SSA looks, over the image."""
-    drawn = at_drawn_size(image)
-    row = [(f'image {image.shape[1]} x {image.shape[0]}', marked(drawn / 255, point))]
-    for i, found in enumerate(inputs):
-        if ScalableSelfAttention not in found:
-            row.append((f'stage {i}: no SSA', drawn / 255))
+    row = [Panel(f'image {image.shape[1]} x {image.shape[0]}', image / 255, point)]
+    attentions = last_attentions(backbone)
+    for i in range(len(backbone.stages)):
+        name = f'{i}.ssa'
+        if name not in maps:
+            row.append(Panel(f'stage {i}: no SSA', image / 255))
             continue
-        attn, x = found[ScalableSelfAttention]
-        column, line = (int(part * side) for part, side in zip(point, x.shape[2:0:-1], strict=True))
-        weights = attention_at(attn, x, line, column)[0].mean(0).numpy()
+        attn, queries = attentions[name], maps[f'{name}.q'][1][0]
+        merged = f'{name}.kv' in maps
+        keys = maps[f'{name}.kv'][1].chunk(2, dim=-1)[0] if merged else maps[f'{name}.k'][1]
+        sides = queries.shape[:2]
+        x, y = (int(part * side) for part, side in zip(point, sides[::-1], strict=True))
+        weights = attention_at(queries[y, x], keys[0], attn).mean(0).numpy()
         rows, columns = weights.shape
-        title = (
-            f'stage {i}: {columns} x {rows} keys, up to {weights.max() * weights.size:.1f}x mean'
-        )
+        peak = weights.max() * weights.size
+        title = f'stage {i}: {columns} x {rows} keys, up to {peak:.1f}x mean'
         # Keys do not see rows and columns left over by the reduction.
-        seen = [s // attn.sr_ratio * attn.sr_ratio / s or 1 for s in x.shape[1:3]]
-        height, width = (round(s * side) for s, side in zip(seen, drawn.shape, strict=False))
-        picture = 0.4 * gray(drawn)
-        values = weights / weights.max()
-        picture[:height, :width] = overlay(drawn[:height, :width], values)
-        row.append((title, marked(picture, point)))
+        seen = [s // attn.sr_ratio * attn.sr_ratio / s or 1 for s in sides]
+        height, width = (round(s * side) for s, side in zip(seen, image.shape, strict=False))
+        spread = cv2.resize(weights / weights.max(), (width, height))
+        picture = 0.4 * image.mean(2, keepdims=True).repeat(3, 2) / 255
+        picture[:height, :width] += 0.6 * heat(spread)
+        row.append(Panel(title, picture, point))
     return row
 
 
-def marked(picture: np.ndarray, point: tuple[float, float]) -> np.ndarray:
-    """A cross on a picture (H, W, 3) in 0 to 1."""
-    height, width = picture.shape[:2]
-    position = int(point[0] * width), int(point[1] * height)
-    size = max(min(height, width) // 20, 5)
-    picture = np.ascontiguousarray(picture, np.float32)
-    for color, thickness in (((0, 0, 0), 4), ((1, 0.2, 0.2), 2)):
-        cv2.drawMarker(picture, position, color, cv2.MARKER_CROSS, size, thickness)
-    return picture
-
-
-def window_rows(inputs: list[dict[type, tuple]], image: np.ndarray) -> list[list[Panel]]:
+def window_rows(backbone: ScalableViT, maps: Maps, image: np.ndarray) -> list[list[Panel]]:
     """Windows over the image, and the share of LIM in what leaves IWSA."""
-    drawn = at_drawn_size(image)
     grids, shares = [], []
-    for i, found in enumerate(inputs):
-        attn, x = found[InteractiveWindowSelfAttention]
-        height, width = x.shape[1:3]
-        size = attn.window_size
+    for i in range(len(backbone.stages)):
+        size = last_attentions(backbone)[f'{i}.iwsa'].window_size
+        height, width = maps[f'{i}.iwsa'][0].shape[1:3]
         rows, columns = -(-height // size), -(-width // size)
         title = f'stage {i}: {columns} x {rows} windows of {size} x {size}'
-        grids.append((title, with_grid(drawn, size / height, size / width)))
-        attended, lim = (part[0].norm(dim=-1).numpy() for part in window_parts(attn, x))
-        share = lim / np.maximum(lim + attended, 1e-12)
+        grids.append(Panel(title, image / 255, step=(size / width, size / height)))
+        attended, lim = (part.norm(dim=-1).numpy() for part in window_parts(maps, f'{i}.iwsa'))
+        share = lim[:height, :width] / np.maximum(lim + attended, 1e-12)[:height, :width]
         title = f'|LIM| / (|LIM| + |attention|)\nmean {share.mean():.2f}, colors 0 to 1'
-        shares.append((title, heat(share, 0, 1)))
+        shares.append(Panel(title, heat(share)))
     return [grids, shares]
 
 
-def with_grid(image: np.ndarray, step_y: float, step_x: float) -> np.ndarray:
-    """Lines on an image (H, W, 3), every fraction ``step`` of its height and width."""
-    picture = np.ascontiguousarray(image / 255, np.float32)
-    height, width = picture.shape[:2]
-    for y in np.arange(step_y, 1, step_y):
-        picture[round(y * height) : round(y * height) + 2] = (1, 0.9, 0)
-    for x in np.arange(step_x, 1, step_x):
-        picture[:, round(x * width) : round(x * width) + 2] = (1, 0.9, 0)
-    return picture
+def window_parts(maps: Maps, name: str) -> tuple[Tensor, Tensor]:
+    """Attention inside windows and LIM (H, W, C), whose sum enters the projection of IWSA."""
+    lim = maps[f'{name}.lim_func'][1][0].permute(1, 2, 0)
+    return maps[f'{name}.proj'][0][0] - lim, lim
 
 
 def field_row(name: str, fields: list[np.ndarray]) -> list[Panel]:
     """Receptive fields as pictures, with the squares that hold half and 90% of them."""
     return [
-        (
+        Panel(
             f'{name}\nstage {i}: half in {side_holding(field, 0.5)} px, '
             f'90% in {side_holding(field, 0.9)} px',
-            heat((field / max(field.max(), 1e-30)) ** 0.25, 0, 1),
+            heat((field / max(field.max(), 1e-30)) ** 0.25),
         )
         for i, field in enumerate(fields)
     ]
 
 
 def save_grid(path: Path, title: str, rows: list[list[Panel]], dpi: int) -> None:
-    """Write titled pictures in rows and columns as one file.
-
-    Args:
-        path (Path): The png file.
-        title (str): Title of the whole.
-        rows (list[list[Panel]]): Title and picture (H, W, 3) in 0 to 1 of each cell.
-        dpi (int): Dots an inch; a cell is 3.2 inches wide.
-    """
-    height, width = rows[0][0][1].shape[:2]
+    """Write titled pictures in rows and columns, 3.2 inches wide each, as one png file."""
+    height, width = rows[0][0].picture.shape[:2]
     cell = 3.2 * min(max(height / width, 0.4), 2)
     size = (3.2 * len(rows[0]), (cell + 0.6) * len(rows) + 0.5)
     figure, axes = plt.subplots(len(rows), len(rows[0]), figsize=size, squeeze=False)
-    for line, panels in zip(axes, rows, strict=True):
-        for axis, (name, picture) in zip(line, panels, strict=True):
-            axis.imshow(np.clip(picture, 0, 1))
-            axis.set_title(name, fontsize=8)
-            axis.axis('off')
+    for axis, panel in zip(axes.flat, (panel for row in rows for panel in row), strict=True):
+        height, width = panel.picture.shape[:2]
+        # In fractions of the picture, from its upper left corner.
+        axis.imshow(np.clip(panel.picture, 0, 1), extent=(0, 1, 1, 0), aspect=height / width)
+        axis.set_title(panel.title, fontsize=8)
+        axis.axis('off')
+        if panel.point:
+            axis.plot(*panel.point, '+', color='red', markersize=12, markeredgewidth=2)
+        if panel.step:
+            axis.vlines(np.arange(panel.step[0], 1, panel.step[0]), 0, 1, 'gold', linewidth=0.5)
+            axis.hlines(np.arange(panel.step[1], 1, panel.step[1]), 0, 1, 'gold', linewidth=0.5)
     figure.suptitle(title, fontsize=11)
     figure.tight_layout()
     figure.savefig(path, dpi=dpi)
