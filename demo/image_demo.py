@@ -27,6 +27,7 @@ from rich.progress import track
 # Imported before any toolbox: it registers the backbone.
 from mmscalablevit import cli
 from mmscalablevit.checkpoint.reading import load_weights
+from mmscalablevit.checks.config import head_classes
 from mmscalablevit.errors import CheckpointError, UserError, config_errors
 
 matplotlib.use('Agg')
@@ -42,13 +43,7 @@ MIN_DEPTH = 6
 
 @dataclass(frozen=True)
 class Frame:
-    """An image to predict on.
-
-    Args:
-        name (str): Its path below the folder that all inputs share, which the outputs keep.
-        image (np.ndarray): (H, W, 3) uint8, BGR.
-        number (int): Its place among the inputs, from 0.
-    """
+    """An image, uint8 BGR (H, W, 3): its number and its name, which the outputs keep."""
 
     name: str
     image: np.ndarray
@@ -61,13 +56,7 @@ class Frame:
 
 
 class Detector:
-    """Boxes and masks, written together as one file in COCO's format.
-
-    Args:
-        cfg (Config): Its config.
-        device (str): Where it runs.
-        score_threshold (float): Detections below it are left out.
-    """
+    """Boxes and masks from a score on, written together as one file in COCO's format."""
 
     def __init__(self, cfg: Config, device: str, score_threshold: float) -> None:
         from mmdet.apis import DetInferencer
@@ -78,13 +67,6 @@ class Detector:
         self.score_threshold = score_threshold
         self.images: list[dict] = []
         self.annotations: list[dict] = []
-
-    @staticmethod
-    def num_classes(model: torch.nn.Module) -> int | None:
-        """The number of classes, where the model has a head that tells it."""
-        head = getattr(getattr(model, 'roi_head', model), 'bbox_head', None)
-        head = head[0] if isinstance(head, torch.nn.ModuleList) else head
-        return getattr(head, 'num_classes', None)
 
     def write(self, frame: Frame, sample, out_dir: Path) -> None:
         """Keep the detections of an image."""
@@ -125,12 +107,7 @@ class Detector:
 
 
 class Segmentor:
-    """Label maps, a png for each image, and the names of the classes beside them.
-
-    Args:
-        cfg (Config): Its config.
-        device (str): Where it runs.
-    """
+    """Label maps, a png for each image, and the names of the classes beside them."""
 
     def __init__(self, cfg: Config, device: str) -> None:
         from mmseg.apis import MMSegInferencer
@@ -139,11 +116,6 @@ class Segmentor:
         self.inferencer = MMSegInferencer(cfg, device=device, show_progress=False)
         self.visualizer = SegLocalVisualizer(alpha=0.6)
         self.written: set[Path] = set()
-
-    @staticmethod
-    def num_classes(model: torch.nn.Module) -> int | None:
-        """The number of classes."""
-        return getattr(model.decode_head, 'num_classes', None)
 
     def write(self, frame: Frame, sample, out_dir: Path) -> None:
         """Write the label map of an image."""
@@ -187,12 +159,7 @@ class Segmentor:
 
 
 class Classifier:
-    """The best classes of each image with their scores, written together as one file.
-
-    Args:
-        cfg (Config): Its config.
-        device (str): Where it runs.
-    """
+    """The best classes of each image with their scores, written together as one file."""
 
     def __init__(self, cfg: Config, device: str) -> None:
         from mmpretrain import ImageClassificationInferencer
@@ -201,12 +168,6 @@ class Classifier:
         self.inferencer = ImageClassificationInferencer(cfg, pretrained=False, device=device)
         self.visualizer = UniversalVisualizer()
         self.predictions: list[dict] = []
-
-    @staticmethod
-    def num_classes(model: torch.nn.Module) -> int | None:
-        """The number of classes, the outputs of the last linear layer."""
-        widths = [m.out_features for m in model.head.modules() if isinstance(m, torch.nn.Linear)]
-        return widths[-1] if widths else None
 
     def write(self, frame: Frame, sample, out_dir: Path) -> None:
         """Keep the best classes of an image."""
@@ -234,34 +195,18 @@ PREDICTORS = dict(mmdet=Detector, mmseg=Segmentor, mmpretrain=Classifier)
 def build_predictor(
     cfg: Config, checkpoint: str, device: str, score_threshold: float | None = None
 ) -> Detector | Segmentor | Classifier:
-    """Build the predictor of a config's toolbox with the weights and class names of a checkpoint.
-
-    Args:
-        cfg (Config): The config.
-        checkpoint (str): The checkpoint, which must fit.
-        device (str): Where it runs.
-        score_threshold (float, optional): For detectors alone. Defaults to None, which is 0.3.
-
-    Returns:
-        Detector | Segmentor | Classifier: Ready to predict.
-
-    Raises:
-        UserError: If the config is of no toolbox or cannot be built, or classes are unknown.
-        CheckpointError: If the checkpoint does not fit.
-    """
+    """Build the predictor of a config's toolbox, with a checkpoint's weights and class names."""
     scope = cfg.get('default_scope')
     if scope not in PREDICTORS:
         raise UserError(
             f'config {cfg.filename} has default_scope={scope!r}, which must be one of '
             f'{", ".join(PREDICTORS)}'
         )
-    options = {}
-    if scope == 'mmdet':
-        options['score_threshold'] = (
-            DEFAULT_SCORE_THRESHOLD if score_threshold is None else score_threshold
-        )
-    elif score_threshold is not None:
+    if score_threshold is not None and scope != 'mmdet':
         raise UserError(f'--score-thr is for detectors, and {cfg.filename} is of {scope}')
+    if score_threshold is None:
+        score_threshold = DEFAULT_SCORE_THRESHOLD
+    options = dict(score_threshold=score_threshold) if scope == 'mmdet' else {}
     init_default_scope(scope)
     # Weights and names come below: the toolboxes take a checkpoint that fits in part, and COCO's
     # or Cityscapes' names where it has none.
@@ -270,27 +215,12 @@ def build_predictor(
         predictor = PREDICTORS[scope](cfg, device, **options)
     model = predictor.inferencer.model
     meta = load_weights(model, checkpoint, cfg.filename).get('meta') or {}
-    predictor.visualizer.dataset_meta = read_classes(
-        meta, cfg, checkpoint, predictor.num_classes(model)
-    )
+    predictor.visualizer.dataset_meta = read_classes(meta, cfg, checkpoint)
     return predictor
 
 
-def read_classes(meta: dict, cfg: Config, checkpoint: str, num_classes: int | None) -> dict:
-    """Find names and colors of the classes: in the checkpoint, else in the config's data set.
-
-    Args:
-        meta (dict): The checkpoint's ``meta``.
-        cfg (Config): The config.
-        checkpoint (str): The checkpoint's name, for messages.
-        num_classes (int, optional): How many the model has, if known.
-
-    Returns:
-        dict: ``classes``, and ``palette`` with an RGB color for each.
-
-    Raises:
-        UserError: If there are no names, or not as many as the model has classes.
-    """
+def read_classes(meta: dict, cfg: Config, checkpoint: str) -> dict:
+    """Names and RGB colors of the classes: the checkpoint's, else the config's data set's."""
     source = f'checkpoint {checkpoint}'
     try:
         found = {key.lower(): value for key, value in (meta.get('dataset_meta') or meta).items()}
@@ -308,8 +238,9 @@ def read_classes(meta: dict, cfg: Config, checkpoint: str, num_classes: int | No
             f'data set of {cfg.filename} has "classes"'
         )
     names = [names] if isinstance(names, str) else list(names)
-    if num_classes not in (None, len(names)):
-        raise UserError(f'{source} has {len(names)} class names for a model of {num_classes}')
+    for _, number in head_classes(cfg.model):
+        if number != len(names):
+            raise UserError(f'{source} has {len(names)} class names for a model of {number}')
     palette = found.get('palette')
     # Where a data set has no colors of its own, its class may leave it those of all its classes.
     if not isinstance(palette, list | tuple) or len(palette) < len(names):
@@ -318,28 +249,15 @@ def read_classes(meta: dict, cfg: Config, checkpoint: str, num_classes: int | No
 
 
 def find_inputs(given: str) -> list[Path]:
-    """Find the images or the video that the user means.
-
-    Args:
-        given (str): An image, a video, a folder of images, or a pattern of images.
-
-    Returns:
-        list[Path]: Images in the order of their names, or a single video.
-
-    Raises:
-        UserError: If there is nothing, or something else.
-    """
+    """The images, by name, of an image, folder or pattern; or a single video."""
     path = Path(given)
     if path.is_dir():
         found = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGES)
         if not found:
             raise UserError(f'folder {path} holds no image ({", ".join(sorted(IMAGES))})')
         return found
-    if path.is_file():
-        found = [path]
-    else:
-        found = [Path(name) for name in sorted(glob.glob(given, recursive=True))]
-        found = [path for path in found if path.is_file()]
+    names = [given] if path.is_file() else sorted(glob.glob(given, recursive=True))
+    found = [Path(name) for name in names if Path(name).is_file()]
     if not found:
         raise UserError(f'input {given} does not exist')
     allowed = IMAGES | VIDEOS if len(found) == 1 else IMAGES
@@ -352,17 +270,7 @@ def find_inputs(given: str) -> list[Path]:
 
 
 def read_images(paths: list[Path]) -> Iterator[Frame]:
-    """Read images.
-
-    Args:
-        paths (list[Path]): The files.
-
-    Yields:
-        Frame: An image.
-
-    Raises:
-        UserError: If a file cannot be read.
-    """
+    """Read images, which are named below the folder that they share."""
     root = Path(os.path.commonpath([path.resolve().parent for path in paths]))
     for number, path in enumerate(paths):
         image = mmcv.imread(str(path))
@@ -371,80 +279,36 @@ def read_images(paths: list[Path]) -> Iterator[Frame]:
         yield Frame(str(path.resolve().relative_to(root)), image, number)
 
 
-class Video:
-    """A video to read frame by frame.
-
-    Args:
-        path (Path): The file.
-
-    Raises:
-        UserError: If it cannot be opened.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.capture = cv2.VideoCapture(str(path))
-        if not self.capture.isOpened():
-            raise UserError(f'cannot read video {path}')
-        self.fps = self.capture.get(cv2.CAP_PROP_FPS) or 25.0
-        # A guess of the container's, which may be 0.
-        self.num_frames = int(self.capture.get(cv2.CAP_PROP_FRAME_COUNT))
-
-    def __iter__(self) -> Iterator[Frame]:
-        """The frames, in ``VIDEO/000000.jpg`` and so on."""
-        for number in itertools.count():
-            read, image = self.capture.read()
-            if not read:
-                break
-            yield Frame(f'{self.path.stem}/{number:06d}.jpg', image, number)
-        self.capture.release()
-        if not number:
-            raise UserError(f'video {self.path} has no frame')
+def open_video(path: Path) -> mmcv.VideoReader:
+    """Open a video."""
+    video = mmcv.VideoReader(str(path))
+    if not video.opened:
+        raise UserError(f'cannot read video {path}')
+    return video
 
 
-class VideoWriter:
-    """Writes an mp4 whose size is that of the first frame.
+def read_frames(path: Path, video: mmcv.VideoReader) -> Iterator[Frame]:
+    """Read the frames of a video, which are named ``VIDEO/000000.jpg`` and so on."""
+    number = -1
+    for number, image in enumerate(video):
+        yield Frame(f'{path.stem}/{number:06d}.jpg', image, number)
+    if number < 0:
+        raise UserError(f'video {path} has no frame')
 
-    Args:
-        path (Path): The file.
-        fps (float): Frames per second.
-    """
 
-    def __init__(self, path: Path, fps: float) -> None:
-        self.path = path
-        self.fps = fps
-        self.writer: cv2.VideoWriter | None = None
-
-    def add(self, image: np.ndarray) -> None:
-        """Append a frame, BGR."""
-        if self.writer is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            size = image.shape[1::-1]
-            code = cv2.VideoWriter_fourcc(*'mp4v')
-            self.writer = cv2.VideoWriter(str(self.path), code, self.fps, size)
-            if not self.writer.isOpened():
-                raise UserError(f'cannot write {self.path}: this OpenCV has no encoder for mp4')
-        self.writer.write(image)
-
-    def close(self) -> None:
-        """Complete the file."""
-        if self.writer is not None:
-            self.writer.release()
+def open_writer(path: Path, fps: float, size: tuple[int, int]) -> cv2.VideoWriter:
+    """Begin an mp4 of a width and height."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*'mp4v'), fps, size)
+    if not writer.isOpened():
+        raise UserError(f'cannot write {path}: this OpenCV has no encoder for mp4')
+    return writer
 
 
 def predict(
     predictor: Detector | Segmentor | Classifier, frames: Iterable[Frame], batch_size: int
 ) -> Iterator[tuple]:
-    """Predict batch by batch.
-
-    Args:
-        predictor (Detector | Segmentor | Classifier): What predicts.
-        frames (Iterable[Frame]): Images of any size.
-        batch_size (int): Images in a batch.
-
-    Yields:
-        tuple: An image and its data sample, on the CPU.
-    """
+    """Predict batch by batch; yields each image and its data sample, on the CPU."""
     inferencer = predictor.inferencer
     for batch in _batches(frames, batch_size, isinstance(predictor, Segmentor)):
         for data in inferencer.preprocess([frame.image for frame in batch], len(batch)):
@@ -465,34 +329,26 @@ def _batches(frames: Iterable[Frame], batch_size: int, of_one_size: bool) -> Ite
 def run(
     predictor: Detector | Segmentor | Classifier, paths: list[Path], out_dir: Path, batch_size: int
 ) -> list[Path]:
-    """Predict and write pictures, or a video, and the predictions.
-
-    Args:
-        predictor (Detector | Segmentor | Classifier): What predicts.
-        paths (list[Path]): Images or a video.
-        out_dir (Path): Folder to write to.
-        batch_size (int): Images in a batch.
-
-    Returns:
-        list[Path]: What was written.
-    """
-    video = Video(paths[0]) if paths[0].suffix.lower() in VIDEOS else None
-    frames = read_images(paths) if video is None else video
-    total = len(paths) if video is None else video.num_frames or None
-    drawn = out_dir / 'vis'
-    writer = VideoWriter(drawn / f'{paths[0].stem}.mp4', video.fps) if video else None
+    """Predict and write pictures, or a video, and the predictions; returns what was written."""
+    video = open_video(paths[0]) if paths[0].suffix.lower() in VIDEOS else None
+    frames = read_images(paths) if video is None else read_frames(paths[0], video)
+    # The number of frames is a guess of the container's, which may be 0.
+    total = len(paths) if video is None else video.frame_cnt or None
+    drawn = out_dir / 'vis' if video is None else out_dir / 'vis' / f'{paths[0].stem}.mp4'
+    writer = None
     samples = predict(predictor, frames, batch_size)
     console = Console(stderr=True)
     for frame, sample in track(samples, 'Predicting', total=total, console=console):
         predictor.write(frame, sample, out_dir)
         picture = np.ascontiguousarray(predictor.draw(frame, sample)[..., ::-1])
-        if writer is not None:
-            writer.add(picture)
-        else:
+        if video is None:
             mmcv.imwrite(picture, str(drawn / frame.name))
+            continue
+        writer = writer or open_writer(drawn, video.fps or 25.0, picture.shape[1::-1])
+        writer.write(picture)
     if writer is not None:
-        writer.close()
-    return [writer.path if writer else drawn, *predictor.finish(out_dir)]
+        writer.release()
+    return [drawn, *predictor.finish(out_dir)]
 
 
 def _write_json(path: Path, content: dict | list) -> Path:
@@ -548,10 +404,7 @@ def main() -> None:
     paths = find_inputs(args.input)
     device = args.device or get_device()
     _check_device(device)
-    options = argparse.Namespace(
-        config=args.config, work_dir=None, cfg_options=None, launcher='none'
-    )
-    cfg = cli.load_config(options)
+    cfg = cli.read_config(args.config)
     predictor = build_predictor(cfg, args.checkpoint, device, args.score_thr)
     # mmengine's visualizer says it of every shape that touches the border.
     warnings.filterwarnings('ignore', r'Warning: The (bbox|polygon) is out of bounds')

@@ -2,8 +2,8 @@
 """Report on the two trainings of the demo: curves, predictions beside the truth, one table."""
 
 import argparse
-import json
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,19 +13,15 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.patches import Patch
 from mmengine.device import get_device
-from mmengine.runner import find_latest_checkpoint
 from mmengine.structures import InstanceData, PixelData
 from rich.progress import track
+from torch import nn
 
 # Imported before any toolbox: it registers the backbone.
 from mmscalablevit import cli
-from mmscalablevit.checkpoint.reading import (
-    find_weights,
-    load_weights,
-    read_checkpoint,
-    use_safe_loader,
-)
+from mmscalablevit.checkpoint.reading import load_weights, use_safe_loader
 from mmscalablevit.errors import UserError
+from mmscalablevit.work_dirs import Run, find_checkpoint, read_run
 
 matplotlib.use('Agg')
 
@@ -33,18 +29,12 @@ matplotlib.use('Agg')
 SCORE_THRESHOLD = 0.5
 # Images are enlarged to about this side before boxes and names are drawn on them.
 PICTURE_SIDE = 256
+COLORS = ('tab:blue', 'tab:orange', 'tab:green')
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric as the report shows it and as the log has it.
-
-    Args:
-        name (str): The name to show.
-        key (str): The key in the log.
-        target (float, optional): The least value that the demo aims at. Defaults to None.
-        scale (float): Factor from the logged value to a share of one. Defaults to 1.
-    """
+    """A metric: its name, its key in the log, the least value aimed at, and the log's unit."""
 
     name: str
     key: str
@@ -63,36 +53,6 @@ METRICS = dict(
 )
 
 
-@dataclass
-class History:
-    """What the logs of one work directory say, by iteration.
-
-    Args:
-        train (dict[int, dict]): Records with the loss and the seconds per iteration.
-        evaluations (dict[int, dict]): Records with validation metrics.
-    """
-
-    train: dict[int, dict]
-    evaluations: dict[int, dict]
-
-    @property
-    def iterations(self) -> int:
-        """The last iteration that was logged."""
-        return max(self.train)
-
-    @property
-    def seconds(self) -> float:
-        """Time spent in training iterations, without evaluation.
-
-        Each record's time stands for the iterations since the record before it.
-        """
-        steps = sorted(self.train)
-        spans = np.diff([0, *steps])
-        return float(
-            sum(span * self.train[step]['time'] for span, step in zip(spans, steps, strict=True))
-        )
-
-
 @dataclass(frozen=True)
 class Row:
     """A row of the report's table; ``target`` is None where the demo aims at nothing."""
@@ -104,202 +64,71 @@ class Row:
     missed: bool = False
 
 
-def read_log(path: Path) -> list[dict]:
-    """Read one ``scalars.json`` of mmengine: a JSON object per line.
-
-    Args:
-        path (Path): The log.
-
-    Returns:
-        list[dict]: Its records in order. A last line that was cut off in writing is left out.
-
-    Raises:
-        UserError: If another line is not a JSON object.
-    """
-    lines = path.read_text().splitlines()
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise UserError(f'{path}, line {number}: not a JSON object: {error}') from error
-    return records
-
-
-def split_records(records: list[dict]) -> History:
-    """Tell the training records of one log from its evaluations and find their iterations.
-
-    Evaluations are logged with the iteration as their step or, by configurations that count
-    epochs, with the epoch; the iterations logged before tell which.
-
-    Args:
-        records (list[dict]): The records of one log in order.
-
-    Returns:
-        History: The records by iteration.
-    """
-    history = History({}, {})
-    iteration = 0
-    for record in records:
-        if 'loss' in record:
-            iteration = record['iter']
-            history.train[iteration] = record
-        else:
-            history.evaluations[max(iteration, record['step'])] = record
-    return history
-
-
-def merge_histories(histories: list[History]) -> History:
-    """Merge the histories of a training and its continuations.
-
-    A later run goes on from a checkpoint of the runs before it, so what they logged from its
-    first iteration on led nowhere and is dropped.
-
-    Args:
-        histories (list[History]): Those of the single runs, oldest first.
-
-    Returns:
-        History: What led to the last run's weights.
-    """
-    merged = History({}, {})
-    for history in histories:
-        if history.train:
-            first = min(history.train)
-            merged.train = {i: r for i, r in merged.train.items() if i < first}
-            merged.evaluations = {i: r for i, r in merged.evaluations.items() if i < first}
-        merged.train.update(history.train)
-        merged.evaluations.update(history.evaluations)
-    return merged
-
-
-def find_logs(work_dir: Path) -> list[Path]:
-    """The logs of every run in a work directory, oldest first.
-
-    Args:
-        work_dir (Path): The ``--work-dir`` of ``tools/train.py``.
-
-    Returns:
-        list[Path]: The ``scalars.json`` of each run.
-
-    Raises:
-        UserError: If there is none.
-    """
-    logs = sorted(work_dir.glob('*/vis_data/scalars.json'))
-    if not logs:
+def read_training(work_dir: Path, metrics: tuple[Metric, ...]) -> Run:
+    """The logs of a training, which must hold iterations, evaluations and every metric."""
+    if not work_dir.is_dir():
         raise UserError(
-            f'no training log {work_dir}/*/vis_data/scalars.json; train with '
-            f'tools/train.py and --work-dir {work_dir} first'
+            f'work directory {work_dir} does not exist; train with tools/train.py first'
         )
-    return logs
+    run = read_run(work_dir)
+    if not run.train or not run.validations:
+        raise UserError(f'the logs in {work_dir} hold no training iteration or no evaluation')
+    for step, evaluation in run.validations.items():
+        for key in [metric.key for metric in metrics if metric.key not in evaluation.logged]:
+            raise UserError(f'the logs in {work_dir} hold no {key} in the evaluation at {step}')
+    return run
 
 
-def read_history(work_dir: Path, metrics: tuple[Metric, ...]) -> History:
-    """Read and merge the logs of every run in a work directory.
-
-    Args:
-        work_dir (Path): The ``--work-dir`` of ``tools/train.py``.
-        metrics (tuple[Metric, ...]): The metrics that every evaluation must hold.
-
-    Returns:
-        History: What led to the last run's weights.
-
-    Raises:
-        UserError: If a log, the loss, the time or a metric is missing.
-    """
-    history = merge_histories([split_records(read_log(path)) for path in find_logs(work_dir)])
-    if not history.train:
-        raise UserError(f'the logs in {work_dir} hold no training iteration')
-    if not history.evaluations:
-        raise UserError(f'the logs in {work_dir} hold no evaluation')
-    for iteration, record in history.train.items():
-        if 'time' not in record:
-            raise UserError(f'the logs in {work_dir} hold no time at iteration {iteration}')
-    for iteration, record in history.evaluations.items():
-        for metric in metrics:
-            if metric.key not in record:
-                raise UserError(
-                    f'the logs in {work_dir} hold no {metric.key} in the evaluation '
-                    f'at iteration {iteration}, only {", ".join(record)}'
-                )
-    return history
+def values_of(run: Run, metric: Metric) -> dict[int, float]:
+    """A metric by step, as a share of one."""
+    found = {step: e.logged[metric.key] * metric.scale for step, e in run.validations.items()}
+    return dict(sorted(found.items()))
 
 
-def make_rows(model: str, history: History) -> list[Row]:
-    """The table's rows on one training: last evaluation, iterations and time.
-
-    Args:
-        model (str): A key of ``METRICS``.
-        history (History): The training's logs.
-
-    Returns:
-        list[Row]: One row for each metric, then those on iterations and time.
-    """
-    last = max(history.evaluations)
+def make_rows(model: str, run: Run) -> list[Row]:
+    """The table's rows on one training: last evaluation, iterations and time."""
+    last, iterations = max(run.validations), max(run.train)
     rows = []
     for metric in METRICS[model]:
-        value = history.evaluations[last][metric.key] * metric.scale
+        value = values_of(run, metric)[last]
         # Negated, so that NaN counts as missed.
         missed = metric.target is not None and not value >= metric.target
         rows.append(Row(model, metric.name, f'{value:.3f}', metric.target, missed))
     return [
         *rows,
-        Row(model, 'evaluated at iteration', str(last)),
-        Row(model, 'iterations', str(history.iterations)),
-        Row(model, 'training minutes', f'{history.seconds / 60:.1f}'),
-        Row(model, 's/iter', f'{history.seconds / history.iterations:.3f}'),
+        Row(model, f'evaluated at {run.unit}', str(last)),
+        Row(model, 'iterations', str(iterations)),
+        Row(model, 'training minutes', f'{run.hours * 60:.1f}'),
+        Row(model, 's/iter', f'{run.hours * 3600 / iterations:.3f}'),
     ]
 
 
 def format_table(rows: list[Row]) -> str:
-    """Lay the rows out as a Markdown table that also reads well in a terminal.
-
-    Args:
-        rows (list[Row]): The rows.
-
-    Returns:
-        str: The table's lines, ending in a newline.
-    """
-    cells = [('model', '', 'value', 'target', 'result')]
+    """The rows as a Markdown table."""
+    lines = []
     for row in rows:
         target = '' if row.target is None else f'{row.target:.2f}'
         result = '' if row.target is None else 'missed' if row.missed else 'reached'
-        cells.append((row.model, row.name, row.text, target, result))
-    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-    cells.insert(1, tuple('-' * width for width in widths))
-    return ''.join(
-        '| '
-        + ' | '.join(text.ljust(width) for text, width in zip(line, widths, strict=True))
-        + ' |\n'
-        for line in cells
-    )
+        lines.append((row.model, row.name, row.text, target, result))
+    return cli.markdown_table(('model', '', 'value', 'target', 'result'), lines)
 
 
-def draw_curves(histories: dict[str, History], path: Path) -> None:
-    """Draw loss and validation metrics against iterations, a column for each model.
-
-    Args:
-        histories (dict[str, History]): The trainings' logs by key of ``METRICS``.
-        path (Path): The picture to write.
-    """
-    figure, axes = plt.subplots(
-        2, len(histories), figsize=(5.5 * len(histories), 7), squeeze=False, layout='constrained'
-    )
-    for (loss_axis, metric_axis), (model, history) in zip(axes.T, histories.items(), strict=True):
-        steps = sorted(history.train)
-        loss_axis.plot(steps, [history.train[step]['loss'] for step in steps], color='tab:gray')
+def draw_curves(runs: dict[str, Run], path: Path) -> None:
+    """Draw loss and validation metrics, a column for each model, a key of ``METRICS``."""
+    size = 5.5 * len(runs), 7
+    figure, axes = plt.subplots(2, len(runs), figsize=size, squeeze=False, layout='constrained')
+    for (loss_axis, metric_axis), (model, run) in zip(axes.T, runs.items(), strict=True):
+        losses = [run.train[step]['loss'] for step in sorted(run.train)]
+        loss_axis.plot(sorted(run.train), losses, color='tab:gray')
         loss_axis.set(title=model, ylabel='training loss', xlim=0)
-        steps = sorted(history.evaluations)
-        for color, metric in zip(
-            ('tab:blue', 'tab:orange', 'tab:green'), METRICS[model], strict=False
-        ):
-            values = [history.evaluations[step][metric.key] * metric.scale for step in steps]
-            metric_axis.plot(steps, values, 'o-', color=color, markersize=3, label=metric.name)
+        for color, metric in zip(COLORS, METRICS[model], strict=False):
+            found = values_of(run, metric)
+            line = dict(color=color, markersize=3, label=metric.name)
+            metric_axis.plot(list(found), list(found.values()), 'o-', **line)
             if metric.target is not None:
-                metric_axis.axhline(
-                    metric.target, color=color, linestyle=':', label=f'{metric.name} aimed at'
-                )
-        metric_axis.set(xlabel='iteration', ylabel='on validation images', xlim=0, ylim=(0, 1))
+                label = f'{metric.name} aimed at'
+                metric_axis.axhline(metric.target, color=color, linestyle=':', label=label)
+        metric_axis.set(xlabel=run.unit, ylabel='on validation images', xlim=0, ylim=(0, 1))
         metric_axis.legend(fontsize='small')
     for axis in axes.flat:
         axis.grid(alpha=0.3)
@@ -314,22 +143,10 @@ def draw_grid(
     colors: dict[str, tuple[int, int, int]],
     path: Path,
 ) -> None:
-    """Write a grid of pictures with a title to each row and column and a legend of the classes.
-
-    Args:
-        columns (list[tuple[np.ndarray, ...]]): RGB pictures, each tuple a column.
-        row_titles (tuple[str, ...]): A title for each picture of a column.
-        column_titles (list[str]): A title for each column.
-        colors (dict[str, tuple[int, int, int]]): RGB color of each class.
-        path (Path): The picture to write.
-    """
-    figure, axes = plt.subplots(
-        len(row_titles),
-        len(columns),
-        squeeze=False,
-        layout='constrained',
-        figsize=(2.4 * len(columns) + 0.4, 2.45 * len(row_titles) + 0.5),
-    )
+    """Write a grid of RGB pictures with titles and a legend of the classes."""
+    size = 2.4 * len(columns) + 0.4, 2.45 * len(row_titles) + 0.5
+    shape = len(row_titles), len(columns)
+    figure, axes = plt.subplots(*shape, figsize=size, squeeze=False, layout='constrained')
     for column, title, axes_of_column in zip(columns, column_titles, axes.T, strict=True):
         axes_of_column[0].set_title(title, fontsize='small')
         for picture, axis in zip(column, axes_of_column, strict=True):
@@ -343,59 +160,34 @@ def draw_grid(
     plt.close(figure)
 
 
-def enlarge(array: np.ndarray, factor: int) -> np.ndarray:
-    """Repeat the pixels of maps.
-
-    Args:
-        array (np.ndarray): Maps, (..., H, W).
-        factor (int): How often to repeat each row and column.
-
-    Returns:
-        np.ndarray: (..., H * factor, W * factor).
-    """
-    return array.repeat(factor, axis=-2).repeat(factor, axis=-1)
+def enlarge(maps: np.ndarray, factor: int) -> np.ndarray:
+    """Repeat each row and column of maps (..., H, W)."""
+    return maps.repeat(factor, axis=-2).repeat(factor, axis=-1)
 
 
-def find_model(work_dir: Path) -> tuple[Path, Path]:
-    """Find the configuration and the last checkpoint of a work directory.
+def find_model(run: Run) -> tuple[Path, str]:
+    """The config of a work directory's last training and its last checkpoint."""
+    checkpoint = find_checkpoint(str(run.work_dir))
+    if checkpoint is None:
+        raise UserError(f'no file {run.work_dir}/last_checkpoint; no checkpoint was written')
+    return sorted(run.work_dir.glob('*/vis_data/config.py'))[-1], checkpoint
 
-    Args:
-        work_dir (Path): The ``--work-dir`` of ``tools/train.py``.
 
-    Returns:
-        tuple[Path, Path]: The last run's configuration and the checkpoint.
-
-    Raises:
-        UserError: If either is missing.
-        CheckpointError: If the checkpoint is damaged or holds no weights.
-    """
-    last = find_latest_checkpoint(str(work_dir))
-    if last is None:
-        raise UserError(f'no file {work_dir}/last_checkpoint; the training wrote no checkpoint')
-    config = find_logs(work_dir)[-1].with_name('config.py')
-    # By name, since the path within holds no longer once a work directory was moved.
-    checkpoint = work_dir / Path(last).name
-    for path in (config, checkpoint):
-        if not path.is_file():
-            raise UserError(f'no file {path}; the run in {work_dir} is incomplete')
-    # The toolboxes, which build the models, fail on wrong weights without naming the file.
-    find_weights(read_checkpoint(str(checkpoint), 'cpu'), str(checkpoint))
-    return config, checkpoint
+def build(init: Callable[..., nn.Module], run: Run) -> tuple[nn.Module, dict]:
+    """Build a model of a toolbox, and its classes with their colors."""
+    config, checkpoint = find_model(run)
+    # Without one, the toolbox leaves the weights to us; it only warns of those that do not fit.
+    model = init(str(config), None, device=get_device())
+    meta = load_weights(model, checkpoint, str(config)).get('meta') or {}
+    found = meta.get('dataset_meta') or {}
+    if not found.get('classes'):
+        raise UserError(f'checkpoint {checkpoint} names no classes')
+    palette = found.get('palette') or model.dataset_meta['palette']
+    return model, dict(zip(found['classes'], map(tuple, palette), strict=False))
 
 
 def find_images(data: Path, count: int) -> list[Path]:
-    """The first validation images of the demo's data set.
-
-    Args:
-        data (Path): The folder that ``demo/shapes.py`` wrote.
-        count (int): How many to take.
-
-    Returns:
-        list[Path]: Image files.
-
-    Raises:
-        UserError: If there are fewer.
-    """
+    """The first validation images of the folder that ``demo/shapes.py`` wrote."""
     images = sorted((data / 'images/validation').glob('*.jpg'))[:count]
     if len(images) < count:
         raise UserError(
@@ -405,54 +197,32 @@ def find_images(data: Path, count: int) -> list[Path]:
     return images
 
 
-def _class_index(classes: tuple[str, ...], name: str) -> int:
-    if name not in classes:
-        raise UserError(
-            f'the data set holds the class {name!r}, the model knows only {", ".join(classes)}'
-        )
-    return classes.index(name)
-
-
-def show_detections(work_dir: Path, data: Path, images: list[Path], path: Path) -> None:
-    """Draw the last checkpoint's detections beside the truth, with mmdet's visualizer.
-
-    Args:
-        work_dir (Path): The detector's work directory.
-        data (Path): The data set.
-        images (list[Path]): Validation images.
-        path (Path): The picture to write.
-    """
+def show_detections(run: Run, data: Path, images: list[Path], path: Path) -> None:
+    """Draw the last checkpoint's detections beside the truth, with mmdet's visualizer."""
     from mmdet.apis import inference_detector, init_detector
     from mmdet.structures import DetDataSample
     from mmdet.visualization import DetLocalVisualizer
     from pycocotools.coco import COCO
 
-    config, checkpoint = find_model(work_dir)
-    model = init_detector(str(config), str(checkpoint), device=get_device())
-    classes = model.dataset_meta['classes']
-    # Where the configuration names no colors, the palette is COCO's and longer.
-    palette = list(model.dataset_meta['palette'])[: len(classes)]
-    # The toolbox only warns of weights that do not fit.
-    load_weights(model, str(checkpoint), str(config))
+    model, colors = build(init_detector, run)
+    classes = list(colors)
     visualizer = DetLocalVisualizer(line_width=1.5, alpha=0.6)
-    visualizer.dataset_meta = dict(classes=classes, palette=palette)
-
+    visualizer.dataset_meta = dict(classes=classes, palette=list(colors.values()))
     coco = COCO(str(data / 'annotations/instances_validation.json'))
-    labels = {i: _class_index(classes, coco.cats[i]['name']) for i in coco.getCatIds()}
+    unknown = [cat['name'] for cat in coco.cats.values() if cat['name'] not in classes]
+    if unknown:
+        raise UserError(f'the data set holds the class {unknown[0]!r}, the model only {classes}')
+    labels = {i: classes.index(cat['name']) for i, cat in coco.cats.items()}
     image_ids = {image['file_name']: image['id'] for image in coco.loadImgs(coco.getImgIds())}
 
     def draw(image: np.ndarray, factor: int, **instances: InstanceData) -> np.ndarray:
         for item in instances.values():
             item.bboxes = item.bboxes * factor
             item.masks = enlarge(item.masks, factor)
-        visualizer.add_datasample(
-            '',
-            image,
-            DetDataSample(**instances),
-            draw_gt='gt_instances' in instances,
-            draw_pred='pred_instances' in instances,
-            pred_score_thr=SCORE_THRESHOLD,
-        )
+        sample = DetDataSample(**instances)
+        # Else it would draw the image once more beside what is missing.
+        parts = dict(draw_gt='gt_instances' in sample, draw_pred='pred_instances' in sample)
+        visualizer.add_datasample('', image, sample, pred_score_thr=SCORE_THRESHOLD, **parts)
         return visualizer.get_image()
 
     columns = []
@@ -466,43 +236,22 @@ def show_detections(work_dir: Path, data: Path, images: list[Path], path: Path) 
         )
         prediction = inference_detector(model, str(file)).pred_instances.numpy()
         image, factor = read_image(file)
-        columns.append(
-            (
-                image,
-                draw(image, factor, gt_instances=truth),
-                draw(image, factor, pred_instances=prediction),
-            )
-        )
+        pictures = [draw(image, factor, gt_instances=truth)]
+        pictures.append(draw(image, factor, pred_instances=prediction))
+        columns.append((image, *pictures))
     titles = ('image', 'truth', f'prediction (score > {SCORE_THRESHOLD})')
-    draw_grid(
-        columns,
-        titles,
-        [file.name for file in images],
-        dict(zip(classes, palette, strict=True)),
-        path,
-    )
+    draw_grid(columns, titles, [file.name for file in images], colors, path)
 
 
-def show_segmentation(work_dir: Path, data: Path, images: list[Path], path: Path) -> None:
-    """Draw the last checkpoint's label maps beside the truth, with mmseg's visualizer.
-
-    Args:
-        work_dir (Path): The segmentor's work directory.
-        data (Path): The data set.
-        images (list[Path]): Validation images.
-        path (Path): The picture to write.
-    """
+def show_segmentation(run: Run, data: Path, images: list[Path], path: Path) -> None:
+    """Draw the last checkpoint's label maps beside the truth, with mmseg's visualizer."""
     from mmseg.apis import inference_model, init_model
     from mmseg.structures import SegDataSample
     from mmseg.visualization import SegLocalVisualizer
 
-    config, checkpoint = find_model(work_dir)
-    model = init_model(str(config), str(checkpoint), device=get_device())
-    classes, palette = model.dataset_meta['classes'], model.dataset_meta['palette']
-    # The toolbox only warns of weights that do not fit.
-    load_weights(model, str(checkpoint), str(config))
+    model, colors = build(init_model, run)
     visualizer = SegLocalVisualizer(alpha=0.7)
-    visualizer.dataset_meta = dict(classes=classes, palette=palette)
+    visualizer.dataset_meta = dict(classes=list(colors), palette=list(colors.values()))
 
     def draw(image: np.ndarray, factor: int, label_map: np.ndarray) -> np.ndarray:
         sample = SegDataSample(pred_sem_seg=PixelData(data=enlarge(label_map, factor)[None]))
@@ -519,27 +268,12 @@ def show_segmentation(work_dir: Path, data: Path, images: list[Path], path: Path
         image, factor = read_image(file)
         # The files count from 1, the model from 0.
         columns.append((image, draw(image, factor, truth - 1), draw(image, factor, prediction)))
-    draw_grid(
-        columns,
-        ('image', 'truth', 'prediction'),
-        [file.name for file in images],
-        dict(zip(classes, palette, strict=True)),
-        path,
-    )
+    titles = ('image', 'truth', 'prediction')
+    draw_grid(columns, titles, [file.name for file in images], colors, path)
 
 
 def read_image(path: Path) -> tuple[np.ndarray, int]:
-    """Read an image and enlarge it by a whole factor to about ``PICTURE_SIDE``.
-
-    Args:
-        path (Path): The image file.
-
-    Returns:
-        tuple[np.ndarray, int]: The enlarged image, uint8 RGB, and the factor.
-
-    Raises:
-        UserError: If it cannot be read.
-    """
+    """An image, enlarged by a whole factor to about ``PICTURE_SIDE``, uint8 RGB; the factor."""
     image = cv2.imread(str(path))
     if image is None:
         raise UserError(f'cannot read {path}')
@@ -567,29 +301,24 @@ def write_report(
         UserError: If a log, a metric, a checkpoint or an image is missing.
     """
     # Everything that can be missing is asked for before the slow part.
-    histories = dict(
-        detection=read_history(det_dir, METRICS['detection']),
-        segmentation=read_history(seg_dir, METRICS['segmentation']),
-    )
-    for work_dir in (det_dir, seg_dir):
-        find_model(work_dir)
+    folders = dict(detection=det_dir, segmentation=seg_dir)
+    runs = {model: read_training(folders[model], METRICS[model]) for model in METRICS}
+    for run in runs.values():
+        find_model(run)
     images = find_images(data, num_images)
 
-    rows = [row for model, history in histories.items() for row in make_rows(model, history)]
+    rows = [row for model, run in runs.items() for row in make_rows(model, run)]
     table = format_table(rows)
     out_dir.mkdir(parents=True, exist_ok=True)
-    draw_curves(histories, out_dir / 'curves.png')
-
-    show_detections(det_dir, data, images, out_dir / 'detections.png')
-    show_segmentation(seg_dir, data, images, out_dir / 'segmentation.png')
-    (out_dir / 'report.md').write_text(
-        '# The demo on images it was not trained on\n\n'
-        + table
-        + '\n![curves](curves.png)\n\n![detections](detections.png)\n\n'
-        '![segmentation](segmentation.png)\n'
-    )
+    draw_curves(runs, out_dir / 'curves.png')
+    show_detections(runs['detection'], data, images, out_dir / 'detections.png')
+    show_segmentation(runs['segmentation'], data, images, out_dir / 'segmentation.png')
+    names = ('curves', 'detections', 'segmentation')
+    pictures = '\n\n'.join(f'![{name}]({name}.png)' for name in names)
+    text = f'# The demo on images it was not trained on\n\n{table}\n{pictures}\n'
+    (out_dir / 'report.md').write_text(text)
     print(f'\n{table}')
-    for name in ('curves.png', 'detections.png', 'segmentation.png', 'report.md'):
+    for name in (*(f'{name}.png' for name in names), 'report.md'):
         print(f'wrote {out_dir / name}')
     return rows
 
@@ -599,18 +328,17 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description='Report on the two trainings of the demo: curves, predictions beside the '
         'truth, and one table of the last evaluations.',
-        epilog='example: python demo/report.py --det-dir work_dirs/demo/det '
-        '--seg-dir work_dirs/demo/seg --data data/shapes --out-dir work_dirs/demo/report',
+        epilog='example: python demo/report.py --det-dir work_dirs/demo/detection '
+        '--seg-dir work_dirs/demo/segmentation --data data/shapes --out-dir work_dirs/demo',
     )
-    parser.add_argument('--det-dir', type=Path, required=True, help="detector's work directory")
-    parser.add_argument('--seg-dir', type=Path, required=True, help="segmentor's work directory")
-    parser.add_argument(
-        '--data',
-        type=Path,
-        required=True,
-        help='folder that demo/shapes.py wrote',
-    )
-    parser.add_argument('--out-dir', type=Path, required=True, help='folder to write to')
+    folders = {
+        '--det-dir': "detector's work directory",
+        '--seg-dir': "segmentor's work directory",
+        '--data': 'folder that demo/shapes.py wrote',
+        '--out-dir': 'folder to write to',
+    }
+    for name, text in folders.items():
+        parser.add_argument(name, type=Path, required=True, help=text)
     parser.add_argument(
         '--num-images', type=int, default=8, help='number of validation images to show (default: 8)'
     )
@@ -629,10 +357,7 @@ def main() -> None:
     use_safe_loader()
     # mmengine's visualizer says it of every shape that touches the border.
     warnings.filterwarnings('ignore', r'Warning: The (bbox|polygon) is out of bounds')
-    try:
-        rows = write_report(args.det_dir, args.seg_dir, args.data, args.out_dir, args.num_images)
-    except OSError as error:
-        raise UserError(str(error)) from error
+    rows = write_report(args.det_dir, args.seg_dir, args.data, args.out_dir, args.num_images)
     if args.strict and any(row.missed for row in rows):
         raise UserError('a target is missed')
 

@@ -52,7 +52,7 @@ MIN_CONTRAST = 100
 # color alone leaves about one shape in nine with the wrong class.
 HUE_SPREAD = 28
 SUPERSAMPLING = 4
-# Raise it when the drawn images change, so that older sets are made anew.
+# Raise it when the drawn images change, so that older sets are made again.
 VERSION = 2
 
 
@@ -129,10 +129,9 @@ def draw_image(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Draw one image of three to six overlapping shapes on a textured background.
 
-    As with things in photographs, outline, texture and color hint at the class together. Shapes are
-    laid one over the other. One that would hide too much of an earlier one, or of which
-    too little lies inside the image, is drawn anew, so every annotated shape can be made out and
-    every drawn shape is annotated.
+    As with things in photographs, outline, texture and color hint at the class together. A shape
+    that would hide too much of an earlier one, or of which too little lies inside the image, is
+    drawn again, so every annotated shape can be made out and every drawn shape is annotated.
 
     Args:
         rng (np.random.Generator): The source of every random choice.
@@ -143,12 +142,6 @@ def draw_image(
         tuple[np.ndarray, np.ndarray, np.ndarray]: The image, uint8 RGB, (size, size, 3); the
         visible part of every shape, bool, (N, size, size), no two of which share a pixel; and the
         indices into ``CLASSES``, int64, (N,).
-
-    Examples:
-        >>> import numpy as np
-        >>> image, masks, labels = draw_image(np.random.default_rng(0), size=64)
-        >>> image.shape, masks.shape[1:], len(masks) == len(labels)
-        ((64, 64, 3), (64, 64), True)
     """
     scale = size / NOMINAL_SIZE
     image = _draw_background(rng, size)
@@ -182,19 +175,7 @@ def draw_image(
 
 
 def to_label_map(masks: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Merge instance masks into a label map as ADE20K has it.
-
-    Args:
-        masks (np.ndarray): Disjoint masks, bool, (N, H, W).
-        labels (np.ndarray): Their indices into ``CLASSES``, (N,).
-
-    Returns:
-        np.ndarray: uint8, (H, W): 1 for the background, 2 and up for the classes in order.
-
-    Examples:
-        >>> to_label_map(np.array([[[True, False]]]), np.array([3]))
-        array([[5, 1]], dtype=uint8)
-    """
+    """A label map as ADE20K has it, uint8 (H, W): 1 is the background, 2 and up the classes."""
     label_map = np.ones(masks.shape[1:], np.uint8)
     for mask, label in zip(masks, labels, strict=True):
         label_map[mask] = label + 2
@@ -202,20 +183,7 @@ def to_label_map(masks: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def to_coco_annotations(masks: np.ndarray, labels: np.ndarray) -> list[dict]:
-    """Describe instance masks as COCO annotations, all but the two ids.
-
-    Args:
-        masks (np.ndarray): Visible parts, bool, (N, H, W).
-        labels (np.ndarray): Indices into ``CLASSES``, (N,).
-
-    Returns:
-        list[dict]: ``category_id`` from 1 up, ``segmentation`` as compressed run-length encoding,
-        ``bbox`` as x, y, width and height, ``area`` in pixels and ``iscrowd`` 0.
-
-    Examples:
-        >>> to_coco_annotations(np.ones((1, 2, 3), bool), np.array([0]))[0]['bbox']
-        [0.0, 0.0, 3.0, 2.0]
-    """
+    """COCO's annotations of disjoint masks (N, H, W), all but the two ids."""
     annotations = []
     for mask, label in zip(masks, labels, strict=True):
         rle = coco_mask.encode(np.asfortranarray(mask, np.uint8))
@@ -231,26 +199,21 @@ def to_coco_annotations(masks: np.ndarray, labels: np.ndarray) -> list[dict]:
     return annotations
 
 
-def _write_image(path: Path, image: np.ndarray, *params: int) -> None:
-    """Write an image through Python's own files, whose errors name their cause."""
-    path.write_bytes(cv2.imencode(path.suffix, image, params)[1].tobytes())
-
-
 def _write_sample(index: int, split: int, out_dir: Path, size: int, seed: int) -> list[dict]:
     """Draw and write the image ``index`` of a split and return its COCO annotations."""
     # A seed for every single image: the same file whoever draws it, and never the same in both
     # splits.
     image, masks, labels = draw_image(np.random.default_rng([seed, split, index]), size)
-    name = f'{index:06d}'
-    _write_image(
-        out_dir / 'images' / SPLITS[split] / f'{name}.jpg',
-        cv2.cvtColor(image, cv2.COLOR_RGB2BGR),
-        cv2.IMWRITE_JPEG_QUALITY,
-        95,
+    image = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
+    label_map = to_label_map(masks, labels)
+    files = (
+        ('images', '.jpg', image, [cv2.IMWRITE_JPEG_QUALITY, 95]),
+        ('annotations', '.png', label_map, []),
     )
-    _write_image(
-        out_dir / 'annotations' / SPLITS[split] / f'{name}.png', to_label_map(masks, labels)
-    )
+    for folder, ending, pixels, params in files:
+        # Through Python's own files, whose errors name their cause.
+        path = out_dir / folder / SPLITS[split] / f'{index:06d}{ending}'
+        path.write_bytes(cv2.imencode(ending, pixels, params)[1].tobytes())
     return to_coco_annotations(masks, labels)
 
 
@@ -286,36 +249,30 @@ def _write_split(split: int, count: int, out_dir: Path, size: int, seed: int, wo
     with _mapper(workers) as run:
         per_image = list(track(run(write, indices), f'{SPLITS[split]} images', total=count))
 
+    names = [f'{index:06d}.jpg' for index in indices]
+    pairs = [(index, a) for index, found in zip(indices, per_image, strict=True) for a in found]
     coco = dict(
         info=dict(description=f'Drawn shapes, {SPLITS[split]}', version=str(VERSION)),
         licenses=[dict(id=1, name='Apache-2.0', url='https://www.apache.org/licenses/LICENSE-2.0')],
         images=[
-            dict(id=index, file_name=f'{index:06d}.jpg', width=size, height=size, license=1)
-            for index in indices
+            dict(id=index, file_name=name, width=size, height=size, license=1)
+            for index, name in zip(indices, names, strict=True)
         ],
         annotations=[
-            dict(image_id=index, **annotation)
-            for index, annotations in zip(indices, per_image, strict=True)
-            for annotation in annotations
+            dict(image_id=index, **annotation, id=i)
+            for i, (index, annotation) in enumerate(pairs, start=1)
         ],
         categories=[
             dict(id=i, name=name, supercategory='shape') for i, name in enumerate(CLASSES, start=1)
         ],
     )
-    for i, annotation in enumerate(coco['annotations'], start=1):
-        annotation['id'] = i
     (out_dir / 'annotations' / f'instances_{SPLITS[split]}.json').write_text(json.dumps(coco))
 
 
-def _check_arguments(num_train: int, num_val: int, size: int, seed: int, workers: int) -> None:
-    allowed = dict(
-        num_train=(1, 999999),
-        num_val=(1, 999999),
-        size=SIZE_RANGE,
-        seed=(0, 2**32 - 1),
-        workers=(1, 256),
-    )
-    given = dict(num_train=num_train, num_val=num_val, size=size, seed=seed, workers=workers)
+def _check_arguments(**given: int) -> None:
+    counts, sides = (1, 999999), SIZE_RANGE
+    seeds, workers = (0, 2**32 - 1), (1, 256)
+    allowed = dict(num_train=counts, num_val=counts, size=sides, seed=seeds, workers=workers)
     for name, (low, high) in allowed.items():
         if not low <= given[name] <= high:
             raise ValueError(f'{name} must be from {low} to {high}, got {given[name]}')
@@ -325,7 +282,7 @@ def _read_record(out_dir: Path) -> dict | None:
     """What ``shapes.json`` says of the set in ``out_dir``; None where there is none yet."""
     record_file = out_dir / 'shapes.json'
     if not record_file.exists():
-        # A lone shapes.json.tmp is our own, of a run that was cut off at its first file.
+        # A lone shapes.json.tmp is our own, of a run that was interrupted at its first file.
         if out_dir.exists() and {path.name for path in out_dir.iterdir()} - {'shapes.json.tmp'}:
             raise ValueError(
                 f'{out_dir} holds other files and no shapes.json; name a new or an '
@@ -370,7 +327,7 @@ def write_shapes(
 
     Every image is seeded on its own, by ``seed``, split and index: the same arguments give the
     same files, however many workers write them, and a longer set begins with a shorter one.
-    A set that was interrupted, lost files or was made with other arguments is written anew.
+    A set that was interrupted, lost files or was made with other arguments is written again.
 
     Args:
         out_dir (str | Path): The folder to write to; new, empty, or from an earlier call.
@@ -391,9 +348,10 @@ def write_shapes(
         >>> write_shapes('data/shapes', num_train=20, num_val=5)  # doctest: +SKIP
         True
     """
-    _check_arguments(num_train, num_val, size, seed, workers)
+    arguments = dict(num_train=num_train, num_val=num_val, size=size, seed=seed)
+    _check_arguments(**arguments, workers=workers)
+    arguments = dict(version=VERSION, **arguments)
     out_dir = Path(out_dir)
-    arguments = dict(version=VERSION, num_train=num_train, num_val=num_val, size=size, seed=seed)
     counts = dict(zip(SPLITS, (num_train, num_val), strict=True))
 
     record = _read_record(out_dir)
@@ -401,11 +359,8 @@ def write_shapes(
         same = record['arguments'] == arguments
         if same and record['finished'] and _is_whole(out_dir, counts):
             return False
-        print(
-            f'The set in {out_dir} is incomplete and is written anew.'
-            if same
-            else f'The set in {out_dir} was made with other arguments and is written anew.'
-        )
+        reason = 'is incomplete' if same else 'was made with other arguments'
+        print(f'The set in {out_dir} {reason} and is written again.')
 
     out_dir.mkdir(parents=True, exist_ok=True)
     # Says that images and annotations below are ours to replace, before any of them is written.
@@ -427,21 +382,16 @@ def parse_args() -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument('out_dir', metavar='OUT_DIR', type=Path, help='folder to write to')
-    parser.add_argument('--num-train', type=int, default=2000, help='number of training images')
-    parser.add_argument('--num-val', type=int, default=200, help='number of validation images')
-    parser.add_argument(
-        '--size',
-        type=int,
-        default=NOMINAL_SIZE,
-        help=f'height and width in pixels, {SIZE_RANGE[0]} to {SIZE_RANGE[1]}',
-    )
-    parser.add_argument('--seed', type=int, default=0, help='seed of the whole set')
-    parser.add_argument(
-        '--workers',
-        type=int,
-        default=min(os.cpu_count() or 1, 8),
-        help='number of processes; the files do not depend on it',
-    )
+    low, high = SIZE_RANGE
+    options = {
+        '--num-train': (2000, 'number of training images'),
+        '--num-val': (200, 'number of validation images'),
+        '--size': (NOMINAL_SIZE, f'height and width in pixels, {low} to {high}'),
+        '--seed': (0, 'seed of the whole set'),
+        '--workers': (min(os.cpu_count() or 1, 8), 'processes; the files do not depend on it'),
+    }
+    for name, (default, text) in options.items():
+        parser.add_argument(name, type=int, default=default, help=text)
     return parser.parse_args()
 
 
@@ -453,7 +403,7 @@ def main() -> None:
     except (OSError, ValueError) as error:
         sys.exit(f'error: {error}')
     except KeyboardInterrupt:
-        print('Interrupted; the same command writes the set anew.', file=sys.stderr)
+        print('Interrupted; the same command writes the set again.', file=sys.stderr)
         sys.exit(130)
     print(
         f'{args.num_train} training and {args.num_val} validation images '

@@ -14,7 +14,7 @@ ROWS = [
     ['tools', 'demo'],
     ['cli'],
     ['models', 'engine', 'work_dirs'],
-    ['checkpoint', 'checks'],
+    ['checkpoint', 'checks', 'published'],
     ['errors'],
 ]
 WIDTH, MARGIN, GAP, LINE = 960, 20, 46, 17

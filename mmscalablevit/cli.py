@@ -205,12 +205,16 @@ def load_config(args: argparse.Namespace) -> Config:
     return cfg
 
 
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def markdown_table(
+    header: Sequence[str], rows: Iterable[Sequence[str]], width: int = 10_000
+) -> str:
     """Format rows as a Markdown table that also reads well in a terminal.
 
     Args:
         header (Sequence[str]): The names of the columns.
         rows (Iterable[Sequence[str]]): The cells of each row.
+        width (int): Characters in a line; a table that is wider is folded, for terminals. Defaults
+            to 10,000, which folds none.
 
     Returns:
         str: The lines of the table, ending in a newline.
@@ -224,8 +228,8 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     table = Table(*header, box=MARKDOWN)
     for row in rows:
         table.add_row(*(cell.replace('|', r'\|') for cell in row))
-    # Cells are plain text, and no line is folded.
-    console = Console(width=10_000, markup=False, emoji=False, highlight=False, no_color=True)
+    # Cells are plain text.
+    console = Console(width=width, markup=False, emoji=False, highlight=False, no_color=True)
     with console.capture() as captured:
         console.print(table)
     return captured.get().strip() + '\n'

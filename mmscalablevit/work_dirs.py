@@ -1,6 +1,7 @@
 # Copyright (c) mmscalablevit contributors. All rights reserved.
-"""What the logs of a training say, and what the metafiles of the configs publish."""
+"""Work directories of trainings: their logs, checkpoints and results."""
 
+import contextlib
 import glob
 import json
 import logging
@@ -12,7 +13,6 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
 from mmengine.config import Config
 from mmengine.logging import print_log
 
@@ -37,22 +37,8 @@ _RESUMED = re.compile(r'resumed epoch: (\d+), iter: (\d+)')
 _EPOCH_LENGTH = re.compile(r'Epoch\(train\)\s*\[\s*\d+\]\[\s*\d+/\s*(\d+)\]')
 _CHECKPOINT_STEP = re.compile(r'(epoch|iter)_(\d+)\.pth$')
 
-
-@dataclass(frozen=True)
-class Published:
-    """A model of a metafile.
-
-    Args:
-        name (str): The stem of its config.
-        config (Path): Its config.
-        metrics (dict[str, float]): Published results by name; empty where none were published.
-        source (str): Where they come from.
-    """
-
-    name: str
-    config: Path
-    metrics: dict[str, float]
-    source: str = ''
+# What mmengine needs to continue a training; a file of best weights lacks the optimizer.
+_TRAINING_STATE = {'meta', 'message_hub', 'optimizer'}
 
 
 @dataclass(frozen=True)
@@ -62,10 +48,12 @@ class Evaluation:
     Args:
         step (int, optional): Its epoch or iteration, if known.
         metrics (dict[str, float]): The metrics.
+        logged (dict): The record of the log, keys and scale of the toolbox.
     """
 
     step: int | None
     metrics: dict[str, float]
+    logged: dict
 
 
 @dataclass
@@ -107,19 +95,17 @@ class Run:
     @property
     def done(self) -> float:
         """Steps that were trained, as far as they were logged."""
-        steps = float(max(self.validations, default=0))
-        if not self.train:
-            return steps
-        iteration = max(self.train)
+        iteration = max(self.train, default=0)
+        trained = self.train.get(iteration, {}).get('epoch', 1) - 1
         if self.unit == 'iteration':
-            return max(steps, iteration)
-        if self.epoch_length:
-            return max(steps, iteration / self.epoch_length)
-        return max(steps, self.train[iteration].get('epoch', 1) - 1)
+            trained = iteration
+        elif self.epoch_length:
+            trained = iteration / self.epoch_length
+        return float(max(trained, *self.validations, 0))
 
     @property
     def state(self) -> str:
-        """One of 'finished', 'running', 'cut off', 'nothing logged' and 'tested only'.
+        """One of 'finished', 'running', 'interrupted', 'nothing logged' and 'tested only'.
 
         A training has finished once its last step is evaluated, with which the loops of mmengine
         end. Whether another one runs, only the age of its log can tell.
@@ -130,19 +116,12 @@ class Run:
             return 'finished'
         if time.time() - self.updated < SILENCE:
             return 'running'
-        return 'cut off' if self.train else 'nothing logged'
-
-    @property
-    def seconds_per_iteration(self) -> float | None:
-        """Median time of an iteration, since the first ones and those beside others are slow."""
-        return _median(record['time'] for record in self.train.values())
+        return 'interrupted' if self.train else 'nothing logged'
 
     @property
     def images_per_second(self) -> float | None:
         """Median throughput of all processes together."""
-        return _median(
-            record['images'] / record['time'] for record in self.train.values() if record['time']
-        )
+        return _median(r['images'] / r['time'] for r in self.train.values() if r['time'])
 
     @property
     def hours(self) -> float | None:
@@ -154,26 +133,19 @@ class Run:
     @property
     def hours_left(self) -> float | None:
         """Time that the remaining iterations will take, without evaluation."""
-        seconds = self.seconds_per_iteration
+        seconds = _median(record['time'] for record in self.train.values())
         length = 1 if self.unit == 'iteration' else self.epoch_length
         if seconds is None or length is None:
             return None
         return max(self.total - self.done, 0) * length * seconds / 3600
 
     @property
-    def peak_memory(self) -> float | None:
+    def peak_memory_mb(self) -> float | None:
         """The most memory that a GPU took, in MB; None without a GPU."""
         return max((r['memory'] for r in self.train.values() if 'memory' in r), default=None)
 
     def evaluations(self, metric: str) -> list[Evaluation]:
-        """The evaluations that have a metric, in the order of their steps.
-
-        Args:
-            metric (str): A published name, such as 'box AP'.
-
-        Returns:
-            list[Evaluation]: Those where it is a number.
-        """
+        """The evaluations in which a metric such as 'box AP' is a number, by step."""
         candidates = [self.validations[step] for step in sorted(self.validations)] + self.tta
         return [e for e in candidates if not math.isnan(e.metrics.get(metric, math.nan))]
 
@@ -183,9 +155,9 @@ class _Session:
     """One start of ``tools/train.py`` or ``tools/test.py``: a folder named by its time."""
 
     folder: Path
+    config: Config
     records: list[dict]
     test: dict | None
-    config: Config | None
     log: str
 
     @property
@@ -194,52 +166,26 @@ class _Session:
         return [record for record in self.records if 'iter' in record]
 
     @property
-    def world_size(self) -> int:
-        found = _WORLD_SIZE.search(self.log)
-        return int(found.group(1)) if found else 1
+    def images(self) -> int:
+        """Images of an iteration, those of all processes."""
+        processes = _WORLD_SIZE.search(self.log)
+        batch_size = (self.config.get('train_dataloader') or {}).get('batch_size') or 1
+        return batch_size * (int(processes[1]) if processes else 1)
 
     @property
     def start(self) -> tuple[int, int]:
         """Epochs and iterations that were behind it when it began."""
         found = _RESUMED.search(self.log)
         if found:
-            return int(found.group(1)), int(found.group(2))
+            return int(found[1]), int(found[2])
         if self.log or not self.config.get('resume'):
             return 0, 0
         first = self.train[0]
         return first.get('epoch', 1) - 1, first['iter'] - 1
 
 
-def read_published(configs: Path) -> dict[str, Published]:
-    """Read the metafiles of the configs.
-
-    Args:
-        configs (Path): The folder ``configs`` of the repository or of an installed package.
-
-    Returns:
-        dict[str, Published]: Models by the stem of their config.
-
-    Raises:
-        UserError: If a metafile is no YAML of the kind that MIM reads.
-
-    Example:
-        >>> models = read_published(Path('configs'))  # doctest: +SKIP
-        >>> models['mask-rcnn_scalablevit-s_fpn_1x_coco'].metrics  # doctest: +SKIP
-        {'box AP': 45.8, 'mask AP': 41.7}
-    """
-    models = {}
-    for path in sorted(configs.glob('*/metafile.yml')):
-        try:
-            for model in yaml.safe_load(path.read_text(encoding='utf-8'))['Models']:
-                published = _read_model(model, configs.parent)
-                models[published.name] = published
-        except (yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError) as error:
-            raise UserError(f'{path} cannot be read: {type(error).__name__}: {error}') from error
-    return models
-
-
 def find_work_dirs(folders: list[Path]) -> list[Path]:
-    """Find work directories: the given ones, or those in a folder of such, like ``work_dirs``.
+    """Find work directories: the given ones, or all those below a folder, like ``work_dirs``.
 
     Args:
         folders (list[Path]): The folders.
@@ -258,16 +204,13 @@ def find_work_dirs(folders: list[Path]) -> list[Path]:
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f'work directory {folder} does not exist')
-        if _sessions(folder):
-            found.append(folder)
-            continue
-        nested = [path for path in sorted(folder.iterdir()) if path.is_dir() and _sessions(path)]
-        if not nested:
+        starts = [p.parent for p in folder.rglob('vis_data') if _TIMESTAMP.fullmatch(p.parent.name)]
+        if not starts:
             raise UserError(
                 f'{folder} holds no training: neither it nor a folder in it has the logs '
                 'YYYYMMDD_HHMMSS/vis_data/scalars.json of tools/train.py'
             )
-        found += nested
+        found += sorted({path.parent for path in starts})
     return list({path.resolve(): path for path in found}.values())
 
 
@@ -293,14 +236,14 @@ def read_run(work_dir: Path) -> Run:
         ('finished', {'box AP': 45.8, 'mask AP': 41.7})
     """
     run = Run(work_dir, _find_name(work_dir))
-    sessions = [_read_session(folder) for folder in _sessions(work_dir)]
-    tests = [session for session in sessions if session.test is not None and session.config]
-    trainings = [session for session in sessions if session.test is None and session.config]
-    if not trainings and not tests:
+    folders = [path for path in _sessions(work_dir) if (path / 'vis_data' / 'config.py').is_file()]
+    sessions = [_read_session(folder) for folder in folders]
+    if not sessions:
         raise UserError(f'{work_dir} holds no config of a run (YYYYMMDD_HHMMSS/vis_data/config.py)')
-
-    for session in trainings:
-        run.updated = max(run.updated, *(path.stat().st_mtime for path in _log_files(session)))
+    tests = [session for session in sessions if session.test is not None]
+    trainings = [session for session in sessions if session.test is None]
+    files = [file for session in trainings for file in session.folder.rglob('*')]
+    run.updated = max((path.stat().st_mtime for path in files), default=0.0)
     logged = [session for session in trainings if session.train]
     # Without any record, the last start tells at least how long it shall be.
     latest = [*tests, *trainings, *logged][-1]
@@ -308,34 +251,12 @@ def read_run(work_dir: Path) -> Run:
     train_cfg = latest.config.get('train_cfg') or {}
     run.unit = 'epoch' if 'max_epochs' in train_cfg else 'iteration'
     run.total = train_cfg.get('max_epochs') or train_cfg.get('max_iters') or 0
-    run.batch_size = latest.world_size * _batch_size(latest.config)
+    run.batch_size = latest.images
     for session in logged:
         _append(run, session)
     for session in tests:
         _add_test(run, session)
     return run
-
-
-def newest_checkpoint(work_dir: Path) -> tuple[Path, int] | None:
-    """Find the checkpoint from which a training can continue.
-
-    Args:
-        work_dir (Path): The ``--work-dir`` of ``tools/train.py``.
-
-    Returns:
-        tuple[Path, int] | None: The file and its epoch or iteration; None if there is none.
-
-    Example:
-        >>> newest_checkpoint(Path('work_dirs/mask-rcnn'))  # doctest: +SKIP
-        (Path('work_dirs/mask-rcnn/epoch_3.pth'), 3)
-    """
-    pointer = work_dir / 'last_checkpoint'
-    if not pointer.is_file():
-        return None
-    # By name, since the path within holds no longer once a work directory was moved.
-    checkpoint = work_dir / Path(pointer.read_text().strip()).name
-    step = checkpoint_step(checkpoint.name)
-    return (checkpoint, step) if checkpoint.is_file() and step is not None else None
 
 
 def checkpoint_step(name: str) -> int | None:
@@ -352,146 +273,7 @@ def checkpoint_step(name: str) -> int | None:
         16000
     """
     found = _CHECKPOINT_STEP.search(name)
-    return int(found.group(2)) if found else None
-
-
-def _read_model(model: dict, root: Path) -> Published:
-    metrics = {}
-    for result in model.get('Results') or []:
-        metrics.update({name: float(value) for name, value in result['Metrics'].items()})
-    source = (model.get('Metadata') or {}).get('Results Source', '')
-    return Published(model['Name'], root / model['Config'], metrics, str(source))
-
-
-def _sessions(work_dir: Path) -> list[Path]:
-    return [path for path in sorted(work_dir.iterdir()) if _TIMESTAMP.fullmatch(path.name)]
-
-
-def _find_name(work_dir: Path) -> str:
-    stems = sorted(path.stem for path in work_dir.glob('*.py'))
-    if len(stems) > 1:
-        raise UserError(
-            f'{work_dir} holds runs of several configs ({", ".join(stems)}); each needs a work '
-            'directory of its own'
-        )
-    return stems[0] if stems else work_dir.resolve().name
-
-
-def _read_session(folder: Path) -> _Session:
-    config = folder / 'vis_data' / 'config.py'
-    scalars = folder / 'vis_data' / 'scalars.json'
-    test = folder / f'{folder.name}.json'
-    log = folder / f'{folder.name}.log'
-    return _Session(
-        folder,
-        _read_records(scalars) if scalars.is_file() else [],
-        _read_json(test) if test.is_file() else None,
-        _read_config(config) if config.is_file() else None,
-        log.read_text(encoding='utf-8', errors='replace') if log.is_file() else '',
-    )
-
-
-def _read_records(path: Path) -> list[dict]:
-    """Read a JSON object per line; the last one may be cut off in writing."""
-    lines = path.read_text(encoding='utf-8', errors='replace').splitlines()
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise UserError(f'{path}, line {number}: not a JSON object: {error}') from error
-            continue
-        if not isinstance(record, dict):
-            raise UserError(f'{path}, line {number}: not a JSON object')
-        records.append(record)
-    return records
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        return dict(json.loads(path.read_text(encoding='utf-8')))
-    except (ValueError, TypeError) as error:
-        raise UserError(f'{path} is not a JSON object: {error}') from error
-
-
-def _read_config(path: Path) -> Config:
-    try:
-        return Config.fromfile(path, import_custom_modules=False)
-    # A config is Python: anything can go wrong in it.
-    except Exception as error:
-        raise UserError(f'config {path} cannot be read: {type(error).__name__}: {error}') from error
-
-
-def _log_files(session: _Session) -> list[Path]:
-    return [session.folder, *session.folder.glob('*.log'), *session.folder.glob('vis_data/*')]
-
-
-def _batch_size(config: Config) -> int:
-    return (config.get('train_dataloader') or {}).get('batch_size') or 1
-
-
-def _metrics(record: dict) -> dict[str, float]:
-    return {
-        name: record[key] * factor
-        for name, (key, factor) in METRICS.items()
-        if isinstance(record.get(key), int | float)
-    }
-
-
-def _append(run: Run, session: _Session) -> None:
-    """Let a continuation follow what the run has up to its start."""
-    epoch, iteration = session.start
-    start = epoch if run.unit == 'epoch' else iteration
-    run.train = {key: record for key, record in run.train.items() if key <= iteration}
-    run.validations = {key: value for key, value in run.validations.items() if key <= start}
-    found = _EPOCH_LENGTH.search(session.log)
-    if found:
-        run.epoch_length = int(found.group(1))
-    images = session.world_size * _batch_size(session.config)
-    for record in session.records:
-        if 'iter' in record:
-            span = record['iter'] - iteration
-            iteration = record['iter']
-            if 'time' in record:
-                run.train[iteration] = dict(record, span=span, images=images)
-            continue
-        metrics = _metrics(record)
-        if metrics:
-            step = _validation_step(record, run, iteration)
-            run.validations[step] = Evaluation(step, metrics)
-
-
-def _validation_step(record: dict, run: Run, iteration: int) -> int:
-    """The step of a validation; with iterations it is logged as 0 by hooks that count epochs."""
-    if record.get('step') or run.unit == 'epoch':
-        return record.get('step', 0)
-    interval = run.config.train_cfg.get('val_interval') or 1
-    return min(math.ceil(iteration / interval) * interval, run.total)
-
-
-def _add_test(run: Run, session: _Session) -> None:
-    metrics = _metrics(session.test)
-    if not metrics:
-        return
-    step = checkpoint_step(str(session.config.get('load_from')))
-    if 'module' in (session.config.get('model') or {}):
-        names = {name: TTA_NAMES.get(name, f'{name}(tta)') for name in metrics}
-        run.tta.append(Evaluation(step, {names[name]: v for name, v in metrics.items()}))
-    elif step is None or step in run.validations:
-        return
-    else:
-        run.validations[step] = Evaluation(step, metrics)
-    run.test_configs.append(session.config)
-
-
-def _median(values) -> float | None:
-    values = [value for value in values if not math.isnan(value)]
-    return statistics.median(values) if values else None
-
-
-# What mmengine needs to continue a training; a file of best weights lacks the optimizer.
-_TRAINING_STATE = {'meta', 'message_hub', 'optimizer'}
+    return int(found[2]) if found else None
 
 
 def find_checkpoint(work_dir: str) -> str | None:
@@ -510,10 +292,11 @@ def find_checkpoint(work_dir: str) -> str | None:
     Example:
         >>> find_checkpoint('work_dirs/not_begun')
     """
-    named = _last_checkpoint(work_dir)
-    if named and '://' in named:
+    pointer = Path(work_dir) / 'last_checkpoint'
+    named = pointer.read_text(encoding='utf-8').strip() if pointer.is_file() else ''
+    if '://' in named:
         return named
-    folders = {work_dir, osp.dirname(named or '') or work_dir}
+    folders = {work_dir, osp.dirname(named) or work_dir}
     files = [file for folder in folders for file in glob.glob(f'{glob.escape(folder)}/*.pth')]
     files.sort(key=osp.getmtime, reverse=True)
     # A work directory that was moved holds it under another path.
@@ -533,11 +316,9 @@ def find_checkpoint(work_dir: str) -> str | None:
             print_log(f'{faults[0]}: resuming from {file}', 'current', logging.WARNING)
         return file
     if faults:
-        raise CheckpointError(f'--resume: nothing to resume from in {work_dir}: {faults[0]}')
+        raise CheckpointError(f'nothing to resume from in {work_dir}: {faults[0]}')
     if named:
-        raise CheckpointError(
-            f'--resume: {work_dir}/last_checkpoint names {named}, which does not exist'
-        )
+        raise CheckpointError(f'{pointer} names {named}, which does not exist')
     return None
 
 
@@ -568,9 +349,98 @@ def use_checkpoint_seed(cfg: Config, checkpoint: str) -> None:
         cfg.randomness = dict(randomness, seed=seed)
 
 
-def _last_checkpoint(work_dir: str) -> str | None:
-    file = osp.join(work_dir, 'last_checkpoint')
-    if not osp.isfile(file):
-        return None
-    with open(file, encoding='utf-8') as opened:
-        return opened.read().strip() or None
+def _sessions(work_dir: Path) -> list[Path]:
+    return [path for path in sorted(work_dir.iterdir()) if _TIMESTAMP.fullmatch(path.name)]
+
+
+def _find_name(work_dir: Path) -> str:
+    stems = sorted(path.stem for path in work_dir.glob('*.py'))
+    if len(stems) > 1:
+        raise UserError(
+            f'{work_dir} holds runs of several configs ({", ".join(stems)}); each needs a work '
+            'directory of its own'
+        )
+    return stems[0] if stems else work_dir.resolve().name
+
+
+def _read_session(folder: Path) -> _Session:
+    config, test = folder / 'vis_data' / 'config.py', folder / f'{folder.name}.json'
+    try:
+        cfg = Config.fromfile(config, import_custom_modules=False)
+    # A config is Python: anything can go wrong in it.
+    except Exception as error:
+        why = f'{type(error).__name__}: {error}'
+        raise UserError(f'config {config} cannot be read: {why}') from error
+    records = _read_records(folder / 'vis_data' / 'scalars.json')
+    results = _read_object(_read(test), test) if test.is_file() else None
+    return _Session(folder, cfg, records, results, _read(folder / f'{folder.name}.log'))
+
+
+def _read_records(path: Path) -> list[dict]:
+    """Read a JSON object per line; the last one may be half written."""
+    lines = _read(path).splitlines()
+    records = [_read_object(line, f'{path}, line {i}') for i, line in enumerate(lines[:-1], 1)]
+    with contextlib.suppress(UserError):
+        records += [_read_object(line, path) for line in lines[-1:]]
+    return records
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding='utf-8', errors='replace') if path.is_file() else ''
+
+
+def _read_object(text: str, place: str | Path) -> dict:
+    try:
+        return dict(json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise UserError(f'{place}: not a JSON object: {error}') from error
+
+
+def _metrics(record: dict) -> dict[str, float]:
+    found = {name: (record.get(key), factor) for name, (key, factor) in METRICS.items()}
+    return {name: v * factor for name, (v, factor) in found.items() if isinstance(v, int | float)}
+
+
+def _append(run: Run, session: _Session) -> None:
+    """Let a continuation follow what the run has up to its start."""
+    epoch, iteration = session.start
+    start = epoch if run.unit == 'epoch' else iteration
+    run.train = {key: record for key, record in run.train.items() if key <= iteration}
+    run.validations = {key: value for key, value in run.validations.items() if key <= start}
+    found = _EPOCH_LENGTH.search(session.log)
+    run.epoch_length = int(found[1]) if found else run.epoch_length
+    images = session.images
+    for record in session.records:
+        if 'iter' in record:
+            span, iteration = record['iter'] - iteration, record['iter']
+            if 'time' in record:
+                run.train[iteration] = dict(record, span=span, images=images)
+        elif metrics := _metrics(record):
+            step = _validation_step(record, run, iteration)
+            run.validations[step] = Evaluation(step, metrics, record)
+
+
+def _validation_step(record: dict, run: Run, iteration: int) -> int:
+    """The step of a validation; with iterations it is logged as 0 by hooks that count epochs."""
+    if record.get('step') or run.unit == 'epoch':
+        return record.get('step', 0)
+    interval = run.config.train_cfg.get('val_interval') or 1
+    return min(math.ceil(iteration / interval) * interval, run.total)
+
+
+def _add_test(run: Run, session: _Session) -> None:
+    metrics = _metrics(session.test)
+    step = checkpoint_step(str(session.config.get('load_from')))
+    if metrics and 'module' in (session.config.get('model') or {}):
+        metrics = {TTA_NAMES.get(name, f'{name}(tta)'): v for name, v in metrics.items()}
+        run.tta.append(Evaluation(step, metrics, session.test))
+    elif metrics and step is not None and step not in run.validations:
+        run.validations[step] = Evaluation(step, metrics, session.test)
+    else:
+        return
+    run.test_configs.append(session.config)
+
+
+def _median(values) -> float | None:
+    values = [value for value in values if not math.isnan(value)]
+    return statistics.median(values) if values else None

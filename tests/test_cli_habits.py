@@ -37,7 +37,7 @@ MISTAKES = {
     'demo/report.py': [
         ('--det-dir nowhere --seg-dir nowhere --data shapes --out-dir out', 'nowhere'),
     ],
-    'tools/analysis_tools/get_flops.py': [('--markdown --json', '--json')],
+    'tools/analysis_tools/get_flops.py': [('--xml', '--xml')],
     'tools/analysis_tools/plot_logs.py': [('nowhere --out curves.png', 'nowhere')],
     'tools/analysis_tools/visualize_backbone.py': [
         ('nowhere.jpg --out-dir out', 'nowhere.jpg'),

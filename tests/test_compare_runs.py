@@ -1,67 +1,33 @@
 # Copyright (c) mmscalablevit contributors. All rights reserved.
-"""The table that holds trainings against published results: logs made here, and one true log."""
+"""The table that compares trainings with published results, from logs made here."""
 
-import importlib.util
 import json
-import math
-import os
-import re
 import runpy
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import cv2
 import pytest
-from jobs import draw_shapes, job_environment
+from jobs import load_tool
+from logs import (
+    DETECTOR,
+    SEGMENTOR,
+    STAMP,
+    boxes,
+    detector_config,
+    evaluated,
+    segmentor_config,
+    session,
+    step,
+)
 from mmengine.config import Config
 
-from mmscalablevit import work_dirs as logs
-from mmscalablevit.errors import UserError
+from mmscalablevit import published, work_dirs
 
 ROOT = Path(__file__).parents[1]
 TOOL = ROOT / 'tools' / 'analysis_tools' / 'compare_runs.py'
-DETECTOR = 'mask-rcnn_scalablevit-s_fpn_1x_coco'
 SWIN = 'mask-rcnn_swin-t_fpn_1x_coco'
 TWINS = 'mask-rcnn_twins-svt-s_fpn_1x_coco'
-SEGMENTOR = 'scalablevit-s_upernet_8xb2-160k_ade20k-512x512'
-LONG_AGO = 1_600_000_000
-STAMP = '20260101_120000'
-
-
-def detector_config():
-    dataset = dict(data_root='data/coco/', pipeline=[dict(type='Resize', scale=(1333, 800))])
-    return dict(
-        default_scope='mmdet',
-        model=dict(
-            type='MaskRCNN',
-            backbone=dict(init_cfg=dict(type='Pretrained', checkpoint='x.pth'), with_cp=False),
-        ),
-        train_cfg=dict(type='EpochBasedTrainLoop', max_epochs=3, val_interval=1),
-        train_dataloader=dict(batch_size=2, num_workers=2, dataset=dataset),
-        val_dataloader=dict(batch_size=1, num_workers=2, dataset=dataset),
-        optim_wrapper=dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=1e-4)),
-        auto_scale_lr=dict(enable=False, base_batch_size=16),
-    )
-
-
-def segmentor_config():
-    pipeline = [dict(type='Resize', scale=(2048, 512))]
-    loader = dict(batch_size=1, num_workers=2, dataset=dict(data_root='ade', pipeline=pipeline))
-    return dict(
-        default_scope='mmseg',
-        model=dict(type='EncoderDecoder', pretrained='x.pth', backbone=dict()),
-        train_cfg=dict(type='IterBasedTrainLoop', max_iters=100, val_interval=40),
-        train_dataloader=dict(loader, batch_size=2),
-        val_dataloader=loader,
-        test_dataloader=loader,
-        test_evaluator=dict(type='IoUMetric'),
-        tta_model=dict(type='SegTTAModel'),
-        tta_pipeline=[dict(type='TestTimeAug')],
-        optim_wrapper=dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=6e-5)),
-        auto_scale_lr=dict(enable=False, base_batch_size=16),
-    )
 
 
 METAFILE = """
@@ -83,10 +49,7 @@ RESULT = """
 @pytest.fixture
 def tool(tmp_path, monkeypatch):
     """The tool on a folder of three configs, two of which have published results."""
-    spec = importlib.util.spec_from_file_location('benchmark_results', TOOL)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, 'benchmark_results', module)
-    spec.loader.exec_module(module)
+    module = load_tool('tools/analysis_tools/compare_runs.py')
     configs = tmp_path / 'configs'
     for folder, names, config in (
         ('detection', (DETECTOR, SWIN), detector_config()),
@@ -109,40 +72,6 @@ def tool(tmp_path, monkeypatch):
     return module
 
 
-def step(iteration, epoch=None, seconds=0.5, memory=None):
-    record = dict(loss=1.0, lr=1e-4, time=seconds, iter=iteration, step=iteration)
-    record.update({} if epoch is None else dict(epoch=epoch))
-    return {**record, **({} if memory is None else dict(memory=memory))}
-
-
-def boxes(epoch, box_ap, mask_ap):
-    return {'coco/bbox_mAP': box_ap, 'coco/segm_mAP': mask_ap, 'time': 0.1, 'step': epoch}
-
-
-def session(
-    work_dir, records, config, *, name, stamp=STAMP, gpus=8, resumed=None, test=None, age=None
-):
-    """Write what mmengine writes for one start of a training or a test."""
-    folder = work_dir / stamp
-    (folder / 'vis_data').mkdir(parents=True)
-    Config(config).dump(work_dir / f'{name}.py')
-    Config(config).dump(folder / 'vis_data' / 'config.py')
-    lines = [f'    GPU number: {gpus}']
-    if resumed:
-        lines.append('mmengine - INFO - resumed epoch: {}, iter: {}'.format(*resumed))
-    if 'max_epochs' in config['train_cfg']:
-        lines.append('mmengine - INFO - Epoch(train)  [1][ 50/100]  base_lr: 1e-4')
-    (folder / f'{stamp}.log').write_text('\n'.join(lines))
-    if records:
-        text = ''.join(f'{json.dumps(record)}\n' for record in records)
-        (folder / 'vis_data' / 'scalars.json').write_text(text)
-    if test:
-        (folder / f'{stamp}.json').write_text(json.dumps(test))
-    when = LONG_AGO if age is None else time.time() - age
-    for path in [*folder.rglob('*'), folder]:
-        os.utime(path, (when, when))
-
-
 def finished_detector(work_dir, best=(0.45, 0.41), config=None, name=DETECTOR, **others):
     records = []
     for epoch, (box_ap, mask_ap) in enumerate(
@@ -154,11 +83,11 @@ def finished_detector(work_dir, best=(0.45, 0.41), config=None, name=DETECTOR, *
 
 
 def markdown_of(tool, rows):
-    return tool.format_markdown(rows, logs.read_published(tool.CONFIGS))
+    return tool.format_markdown(rows, published.read_published(tool.CONFIGS))
 
 
-def rows_of(tool, *work_dirs):
-    return tool.read_rows(logs.find_work_dirs(list(work_dirs)))[0]
+def rows_of(tool, *folders):
+    return tool.read_rows(work_dirs.find_work_dirs(list(folders)))[0]
 
 
 def test_finished_training_is_held_against_the_published_result(tool, tmp_path):
@@ -190,92 +119,6 @@ def test_percentages_stay_percentages(tool, tmp_path):
     assert (row.best, row.best_step) == (48.0, 100)
     assert row.gap == pytest.approx(-0.5)
     assert row.state == 'finished'
-
-
-def test_resumed_run_overrides_what_it_repeats(tool, tmp_path):
-    run = tmp_path / 'run'
-    first = [step(50, 1), step(100, 1), boxes(1, 0.1, 0.1)]
-    # The second epoch's checkpoint was lost: what was logged beyond the first epoch led nowhere.
-    lost = [step(150, 2, 9), step(200, 2, 9), boxes(2, 0.9, 0.9), step(220, 3, 9)]
-    session(run, first + lost, detector_config(), name=DETECTOR)
-    second = [step(140, 2), step(200, 2), boxes(2, 0.2, 0.2), step(300, 3), boxes(3, 0.3, 0.3)]
-    resumed = dict(detector_config(), resume=True, load_from='epoch_1.pth')
-    stamp = '20260102_000000'
-    session(run, second, resumed, name=DETECTOR, stamp=stamp, gpus=4, resumed=(1, 100))
-    box, _ = rows_of(tool, run)
-
-    read = logs.read_run(run)
-    assert sorted(read.train) == [50, 100, 140, 200, 300]
-    values = [evaluation.metrics['box AP'] for evaluation in read.evaluations('box AP')]
-    assert values == pytest.approx([10, 20, 30])
-    # Half a second each for 300 iterations, none of the 9 seconds.
-    assert box.hours == pytest.approx(150 / 3600)
-    # 2 x 16 / 0.5 and 3 x 8 / 0.5: the median.
-    assert box.images_per_second == pytest.approx(16)
-    assert box.state == 'finished'
-    # The last start's 4 GPUs are what the result stands on; the resumption alters nothing.
-    assert box.altered == ['batch size 8 where the recipe has 16 (learning rate not scaled)']
-
-
-def test_start_from_scratch_in_the_same_folder_begins_anew(tool, tmp_path):
-    run = tmp_path / 'run'
-    finished_detector(run)
-    session(run, [step(50, 1)], detector_config(), name=DETECTOR, stamp='20260102_000000')
-    (row,) = rows_of(tool, run)
-
-    assert row.best is None
-    assert (row.state, row.done) == ('cut off', 0.5)
-    assert 'no evaluation yet' in row.notes
-
-
-def test_last_line_may_be_cut_off(tool, tmp_path):
-    run = tmp_path / 'run'
-    finished_detector(run)
-    log = run / STAMP / 'vis_data' / 'scalars.json'
-    log.write_text(log.read_text()[:-20])
-    box, _ = rows_of(tool, run)
-
-    assert (box.last, box.last_step) == (pytest.approx(45), 2)
-    assert (box.state, box.done) == ('running', 3)  # The log was just written.
-
-
-def test_running_and_cut_off(tool, tmp_path):
-    records = [step(50, 1), step(100, 1), boxes(1, 0.1, 0.1), step(150, 2)]
-    for name, age in (('running', 60), ('cut', 3600)):
-        session(tmp_path / name, records, detector_config(), name=DETECTOR, age=age)
-    running, _, cut, _ = rows_of(tool, tmp_path / 'running', tmp_path / 'cut')
-
-    assert (running.state, cut.state) == ('running', 'cut off')
-    # 1.5 epochs of 100 iterations, half a second each, are left.
-    assert running.hours_left == pytest.approx(75 / 3600)
-    assert tool.describe_state(cut) == 'cut off, epoch 1.5 of 3, 1 min left'
-
-
-@pytest.mark.parametrize(('age', 'state'), [(1, 'running'), (9999, 'nothing logged')])
-def test_nothing_logged_yet(tool, tmp_path, age, state):
-    session(tmp_path / 'run', [], detector_config(), name=DETECTOR, age=age)
-    (row,) = rows_of(tool, tmp_path / 'run')
-
-    assert (row.state, row.best, row.hours) == (state, None, None)
-    assert f'{state}, epoch 0 of 3' in markdown_of(tool, [row])
-
-
-def test_validations_logged_without_their_iteration(tmp_path):
-    """Hooks that count epochs log a step of 0 in trainings that count iterations."""
-    records = [step(30), dict(mIoU=1.0, step=0), step(60), dict(mIoU=2.0, step=0), step(90)]
-    records.append(dict(mIoU=3.0, step=0))
-    session(tmp_path / 'run', records, segmentor_config(), name=SEGMENTOR)
-
-    # Every 40 iterations, and at the last of the 100.
-    assert sorted(logs.read_run(tmp_path / 'run').validations) == [40, 80, 100]
-
-
-def test_metric_that_is_not_a_number_is_no_result(tool, tmp_path):
-    records = [step(40), dict(mIoU=5.0, step=40), step(80), dict(mIoU=math.nan, step=80)]
-    session(tmp_path / 'run', records, segmentor_config(), name=SEGMENTOR)
-    (row,) = rows_of(tool, tmp_path / 'run')
-
-    assert (row.best, row.last, row.last_step) == (5.0, 5.0, 40)
 
 
 @pytest.mark.parametrize(
@@ -364,16 +207,6 @@ def test_difference_under_other_conditions_is_marked(tool, tmp_path):
     assert r'+3.0\*' in markdown_of(tool, [box])
 
 
-def evaluated(config, checkpoint, tta):
-    config = dict(config, load_from=f'work_dirs/run/{checkpoint}')
-    if tta:
-        config['model'] = dict(config['tta_model'], module=config['model'])
-        loader = config['test_dataloader']
-        dataset = dict(loader['dataset'], pipeline=config['tta_pipeline'])
-        config['test_dataloader'] = dict(loader, dataset=dataset)
-    return config
-
-
 def test_test_with_augmentation_has_its_own_row(tool, tmp_path):
     run, config = tmp_path / 'run', segmentor_config()
     session(run, [step(100), dict(mIoU=48.0, step=100)], config, name=SEGMENTOR)
@@ -408,18 +241,6 @@ def test_altered_test_is_flagged(tool, tmp_path):
     assert augmented.altered == ['tta_pipeline.0.transforms=[]']
 
 
-def test_test_stands_in_for_a_validation_that_is_missing(tool, tmp_path):
-    run, config = tmp_path / 'run', segmentor_config()
-    session(run, [step(80), dict(mIoU=40.0, step=80), step(100)], config, name=SEGMENTOR)
-    (row,) = rows_of(tool, run)
-    assert (row.state, row.last) == ('cut off', 40.0)
-
-    options = dict(name=SEGMENTOR, stamp='20260201_000000', test=dict(mIoU=48.2))
-    session(run, [], evaluated(config, 'iter_100.pth', tta=False), **options)
-    (row,) = rows_of(tool, run)
-    assert (row.state, row.last, row.last_step) == ('finished', 48.2, 100)
-
-
 def test_folder_of_work_dirs_and_several_runs_of_one_experiment(tool, tmp_path):
     root = tmp_path / 'work_dirs'
     finished_detector(root / 'a')
@@ -440,7 +261,7 @@ def test_files(tool, tmp_path, monkeypatch, capsys):
     tool.main()
     printed = capsys.readouterr().out
 
-    rows = json.loads((tmp_path / 'out' / 'benchmark.json').read_text())['rows']
+    rows = json.loads((tmp_path / 'out' / 'runs.json').read_text())['rows']
     assert [(row['experiment'], row['metric']) for row in rows] == [
         (DETECTOR, 'box AP'),
         (DETECTOR, 'mask AP'),
@@ -450,9 +271,9 @@ def test_files(tool, tmp_path, monkeypatch, capsys):
     assert rows[0]['differences'] == pytest.approx({'Swin-T': 3})
     assert rows[1]['gap'] == pytest.approx(-0.7)
 
-    lines = (tmp_path / 'out' / 'benchmark.md').read_text().splitlines()
+    lines = (tmp_path / 'out' / 'runs.md').read_text().splitlines()
     cells = [[cell.strip() for cell in line.strip('|').split('|')] for line in lines[:6]]
-    assert set(lines[1]) == set('| -')
+    assert set(lines[1]) == set('|-')
     assert {len(line) for line in cells} == {len(cells[0])}
     assert cells[0][:6] == ['Experiment', 'Metric', 'Best', 'Last', 'Published', 'Gap']
     assert cells[2][:7] == [
@@ -468,7 +289,7 @@ def test_files(tool, tmp_path, monkeypatch, capsys):
     for text in (DETECTOR, SWIN, '45.0 (epoch 2)', '-0.8', 'finished, epoch 3'):
         assert text in printed
 
-    picture = cv2.imread(str(tmp_path / 'out' / 'benchmark.png'))
+    picture = cv2.imread(str(tmp_path / 'out' / 'runs.png'))
     height, width, _ = picture.shape
     # Two panels side by side.
     assert 2 * height < 3 * width
@@ -498,10 +319,10 @@ def test_plot_has_a_dashed_line_at_the_published_result(tool, tmp_path, monkeypa
 def test_nothing_to_plot(tool, tmp_path, capsys):
     session(tmp_path / 'run', [], detector_config(), name=DETECTOR)
     rows, runs = tool.read_rows([tmp_path / 'run'])
-    tool.write(rows, runs, {}, tmp_path / 'out')
+    tool.write(rows, runs, '', tmp_path / 'out')
 
     assert 'no evaluation to plot yet' in capsys.readouterr().out
-    assert not (tmp_path / 'out' / 'benchmark.png').exists()
+    assert not (tmp_path / 'out' / 'runs.png').exists()
 
 
 def fails(monkeypatch, *arguments):
@@ -536,61 +357,3 @@ def test_one_unreadable_run_does_not_hide_the_others(tool, tmp_path):
     assert [row.state for row in rows] == ['finished', 'finished', 'unreadable', 'unreadable']
     assert f'runs of several configs ({DETECTOR}, {SWIN})' in rows[2].notes[0]
     assert 'scalars.json, line 1: not a JSON object' in rows[3].notes[0]
-
-
-def test_broken_metafile(tmp_path):
-    (tmp_path / 'detection').mkdir()
-    metafile = tmp_path / 'detection' / 'metafile.yml'
-    for text in ('Models: [', 'Collections: []', 'Models:\n  - Name: only\n'):
-        metafile.write_text(text)
-        with pytest.raises(UserError, match=f'{re.escape(str(metafile))} cannot be read'):
-            logs.read_published(tmp_path)
-
-
-def test_metafiles_of_this_repository():
-    models = logs.read_published(ROOT / 'configs')
-
-    assert models[DETECTOR].metrics == {'box AP': 45.8, 'mask AP': 41.7}
-    assert models[SEGMENTOR].metrics == {'mIoU': 48.5, 'mIoU(ms+flip)': 49.4}
-    assert models[DETECTOR].source
-    assert all(model.config.is_file() for model in models.values())
-
-
-def test_help_has_an_example(monkeypatch, capsys):
-    monkeypatch.setattr(sys, 'argv', [str(TOOL), '--help'])
-    with pytest.raises(SystemExit):
-        runpy.run_path(str(TOOL), run_name='__main__')
-    assert 'example: python tools/analysis_tools/compare_runs.py work_dirs/' in (
-        ' '.join(capsys.readouterr().out.split())
-    )
-
-
-def test_true_logs(tmp_path):
-    """Of a training of four iterations, and of a test with augmentation of its checkpoint."""
-    pytest.importorskip('mmseg')
-    draw_shapes(tmp_path / 'shapes')
-    config = ROOT / 'tests' / 'data' / 'tiny_upernet.py'
-    train = [ROOT / 'tools' / 'train.py', config, '--work-dir', 'run']
-    test = [ROOT / 'tools' / 'test.py', config, 'run/iter_4.pth', '--work-dir', 'run', '--tta']
-    result = [TOOL, 'run', '--out', 'out']
-    environment = job_environment(tmp_path)
-    for command in (train, test, result):
-        done = subprocess.run(
-            [sys.executable, *map(str, command)],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-
-    plain, augmented = json.loads((tmp_path / 'out' / 'benchmark.json').read_text())['rows']
-    log = next((tmp_path / 'run').glob('*/vis_data/scalars.json')).read_text().splitlines()
-    *steps, validation = (json.loads(line) for line in log)
-    assert (plain['experiment'], plain['metric']) == ('tiny_upernet', 'mIoU')
-    assert (plain['best'], plain['best_step']) == (validation['mIoU'], 4)
-    assert plain['hours'] == pytest.approx(sum(record['time'] for record in steps) / 3600)
-    (test_result,) = (tmp_path / 'run').glob('*/*.json')
-    assert augmented['metric'] == 'mIoU(ms+flip)'
-    assert augmented['best'] == json.loads(test_result.read_text())['mIoU']
-    assert (augmented['best_step'], augmented['state']) == (4, 'finished')

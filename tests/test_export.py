@@ -1,13 +1,13 @@
 # Copyright (c) mmscalablevit contributors. All rights reserved.
 """Export: a file of one size serves others, states its input, and models that cannot say why."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from jobs import load_tool
 from torch import nn
 
 from mmscalablevit import ScalableViT
@@ -28,11 +28,7 @@ ARCH = dict(
 
 @pytest.fixture(scope='module')
 def tool():
-    path = ROOT / 'tools' / 'deployment' / 'export_onnx.py'
-    spec = importlib.util.spec_from_file_location('export_onnx', path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool('tools/deployment/export_onnx.py')
 
 
 def call(tool, monkeypatch, *words):
@@ -135,11 +131,3 @@ def test_a_difference_is_not_let_through(tool):
     labels[:2] = 1
     with pytest.raises(tool.cli.UserError, match=r'99\.80%'):
         tool.largest_difference(wanted, [wanted[0], labels])
-
-
-def test_help_has_an_example(tool, monkeypatch, capsys):
-    with pytest.raises(SystemExit, match='0'):
-        call(tool, monkeypatch, '--help')
-    assert 'example: python tools/deployment/export_onnx.py' in ' '.join(
-        capsys.readouterr().out.split()
-    )

@@ -1,7 +1,6 @@
 # Copyright (c) mmscalablevit contributors. All rights reserved.
 """Prediction on images and videos: the page on it, run as it stands, and the demo's errors."""
 
-import importlib.util
 import json
 import shlex
 import sys
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from doc_blocks import ROOT, read_blocks, run_commands
+from jobs import load_tool
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from pycocotools import mask as coco_mask
@@ -212,22 +212,10 @@ def test_inferencers_of_the_page_agree_with_the_demo(page):
     assert f'{best["name"]} {best["score"]:.3f}' in classifier
 
 
-def test_commands_say_where_they_wrote(page):
-    said = [text.splitlines() for text in page[1]]
-
-    assert said[0][-2:] == ['wrote detected/vis', 'wrote detected/predictions.json']
-    segmented = [f'wrote segmented/{part}' for part in ('vis', 'label_maps', 'classes.json')]
-    assert said[1][-3:] == segmented
-    assert 'wrote segmented_video/vis/clip.mp4' in said[2]
-
-
 @pytest.fixture
 def demo(monkeypatch, folder, tmp_path):
     """Calls the demo; returns its exit code or message."""
-    spec = importlib.util.spec_from_file_location('image_demo', DEMO)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, 'image_demo', module)
-    spec.loader.exec_module(module)
+    module = load_tool('demo/image_demo.py')
     monkeypatch.chdir(folder)
 
     def call(*arguments):

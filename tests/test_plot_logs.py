@@ -1,7 +1,6 @@
 # Copyright (c) mmscalablevit contributors. All rights reserved.
 """The curves of several trainings, and the page that shows them and the trackers."""
 
-import importlib.util
 import json
 import runpy
 import shlex
@@ -10,6 +9,7 @@ import sys
 import cv2
 import pytest
 from doc_blocks import LOADERS, ROOT, read_blocks, run_commands
+from jobs import load_tool
 from mmengine.config import Config
 
 TOOL = ROOT / 'tools' / 'analysis_tools' / 'plot_logs.py'
@@ -20,12 +20,8 @@ COLORS = ((180, 119, 31), (14, 127, 255))
 
 
 @pytest.fixture
-def tool(monkeypatch):
-    spec = importlib.util.spec_from_file_location('plot_logs', TOOL)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, 'plot_logs', module)
-    spec.loader.exec_module(module)
-    return module
+def tool():
+    return load_tool('tools/analysis_tools/plot_logs.py')
 
 
 def write_log(work_dir, start, records, cfg, log=''):
@@ -74,7 +70,7 @@ def call(monkeypatch, *arguments):
 
 
 def test_resumed_training_is_one_curve(tool, detector):
-    run = tool.benchmark.read_run(detector)
+    run = tool.work_dirs.read_run(detector)
 
     assert tool.train_curve(run, 'loss') == ([2, 4, 6, 8], [1 / 2, 1 / 4, 1 / 6, 1 / 8])
     assert tool.train_curve(run, 'lr') == ([2, 4, 6, 8], [1e-4] * 4)
@@ -88,11 +84,11 @@ def test_iterations_of_an_epoch_must_be_known(tool, detector):
         (detector / start / f'{start}.log').unlink()
 
     with pytest.raises(tool.UserError, match='how many iterations an epoch has'):
-        tool.metric_curve(tool.benchmark.read_run(detector), 'box AP')
+        tool.metric_curve(tool.work_dirs.read_run(detector), 'box AP')
 
 
 def test_runs_of_one_name_are_told_apart(tool, detector, segmentor):
-    runs = [tool.benchmark.read_run(folder) for folder in (detector, segmentor)]
+    runs = [tool.work_dirs.read_run(folder) for folder in (detector, segmentor)]
     assert tool.labels(runs) == ['detector', 'segmentor']
 
     runs[1].work_dir = detector.parent / 'other' / 'detector'
@@ -144,7 +140,8 @@ def test_page_logs_to_tensorboard(tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     shapes = ['demo/shapes.py', 'shapes', '--num-train', '4', '--num-val', '2']
-    (tmp_path / 'tools').symlink_to(ROOT / 'tools')
+    for name in ('demo', 'tools'):
+        (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / 'my_upernet.py').write_text(f"_base_ = '{ROOT}/tests/data/tiny_upernet.py'\n")
     blocks = read_blocks(PAGE)
     for block in blocks:
@@ -169,23 +166,11 @@ def test_page_logs_to_tensorboard(tmp_path, monkeypatch):
         assert len(events.Scalars('mIoU')) == 1
 
 
-def test_tracker_that_is_not_installed_says_so(monkeypatch):
-    spec = importlib.util.spec_from_file_location('train', ROOT / 'tools' / 'train.py')
-    train = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(train)
-    monkeypatch.setattr(train.importlib.util, 'find_spec', lambda name: None)
-
-    with pytest.raises(train.cli.UserError, match='--tracker wandb needs: pip install wandb'):
-        train.add_tracker(Config(dict(visualizer=dict(type='Visualizer'))), 'wandb')
-
-
 @pytest.mark.parametrize('name', ['tensorboard', 'wandb', 'mlflow'])
 def test_trackers_are_added_to_what_is_there(name, monkeypatch):
     from mmengine.registry import VISBACKENDS
 
-    spec = importlib.util.spec_from_file_location('train', ROOT / 'tools' / 'train.py')
-    train = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(train)
+    train = load_tool('tools/train.py')
     monkeypatch.setattr(train.importlib.util, 'find_spec', lambda name: True)
     cfg = Config.fromfile(ROOT / 'configs/detection/mask-rcnn_scalablevit-s_fpn_1x_coco.py')
     train.add_tracker(cfg, name)

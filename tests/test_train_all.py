@@ -3,7 +3,6 @@
 
 import argparse
 import fcntl
-import importlib.util
 import json
 import os
 import signal
@@ -13,7 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
-from jobs import draw_shapes, job_environment
+import torch
+from jobs import draw_shapes, job_environment, load_tool
 from mmengine.config import Config
 
 from mmscalablevit.errors import UserError
@@ -23,16 +23,13 @@ TOOL = ROOT / 'tools' / 'train_all.py'
 SEGMENTOR = ROOT / 'tests' / 'data' / 'tiny_upernet.py'
 # Its training set is COCO's, which is not there.
 WITHOUT_DATA = ROOT / 'tests' / 'data' / 'tiny_retinanet.py'
+WORK_DIR = ('--work-dir', '{work_dir}')
 UPERNET = 'scalablevit-s_upernet_8xb2-160k_ade20k-512x512'
 
 
 @pytest.fixture
-def tool(monkeypatch):
-    spec = importlib.util.spec_from_file_location('benchmark_all', TOOL)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, 'benchmark_all', module)
-    spec.loader.exec_module(module)
-    return module
+def tool():
+    return load_tool('tools/train_all.py')
 
 
 def arguments(**given):
@@ -57,11 +54,6 @@ def test_selection_by_name_and_glob(tool):
         names(tool, 'segmentation/retinanet_*')
     with pytest.raises(UserError, match='paper, baselines, all'):
         names(tool, 'papers')
-
-
-def test_own_config(tool, tmp_path):
-    (experiment,) = tool.select([str(SEGMENTOR)], tmp_path, {})
-    assert (experiment.config, experiment.work_dir) == (SEGMENTOR, tmp_path / 'tiny_upernet')
 
 
 def test_groups(tool):
@@ -93,7 +85,7 @@ def work_dir_at(experiment, checkpoint=None, validated=None, tta=None):
     if checkpoint:
         # Of another place: the folder was moved.
         (experiment.work_dir / 'last_checkpoint').write_text(f'/elsewhere/{checkpoint}')
-        (experiment.work_dir / checkpoint).touch()
+        torch.save(dict(state_dict={}, meta={}), experiment.work_dir / checkpoint)
     records = [dict(loss=1.0, time=0.1, iter=2, step=2)]
     if validated:
         records.append(dict(mIoU=1.0, step=validated))
@@ -147,32 +139,40 @@ def test_longer_training_resumes_a_finished_one(tool, tmp_path):
     assert tool.plan(experiment, arguments()).state == 'resume at iter 4 of 8'
 
 
-def test_commands(tool, tmp_path):
+@pytest.mark.parametrize(
+    ('launch', 'train', 'test'),
+    [
+        (dict(), ('train.py', '{config}', *WORK_DIR), ('test.py', '{config}', '{last}', *WORK_DIR)),
+        (
+            dict(gpus=4),
+            ('dist_train.sh', '{config}', '4', *WORK_DIR),
+            ('dist_test.sh', '{config}', '{last}', '4', *WORK_DIR),
+        ),
+        (
+            dict(gpus=16, partition='gpu'),
+            ('slurm_train.sh', 'gpu', 'tiny_upernet', '{config}', '{work_dir}'),
+            ('slurm_test.sh', 'gpu', 'tiny_upernet', '{config}', '{last}', *WORK_DIR),
+        ),
+    ],
+)
+def test_commands(tool, tmp_path, launch, train, test):
     (experiment,) = tool.select([str(SEGMENTOR)], tmp_path, {})
     options = dict(amp=True, auto_scale_lr=True, cfg_options=['train_dataloader.batch_size=4'])
     flags = ['--amp', '--auto-scale-lr', '--cfg-options', 'train_dataloader.batch_size=4']
-    tools, config, work_dir = ROOT / 'tools', str(SEGMENTOR), str(tmp_path / 'tiny_upernet')
+    work_dir = tmp_path / 'tiny_upernet'
+    places = dict(config=SEGMENTOR, work_dir=work_dir, last=work_dir / 'iter_4.pth')
 
-    one = tool.plan(experiment, arguments(**options))
-    train = [sys.executable, str(tools / 'train.py'), config]
-    assert list(one.command) == [*train, '--work-dir', work_dir, *flags]
-    four = tool.plan(experiment, arguments(**options, gpus=4))
-    train = ['bash', str(tools / 'dist_train.sh'), config, '4']
-    assert list(four.command) == [*train, '--work-dir', work_dir, *flags]
-    slurm = tool.plan(experiment, arguments(**options, gpus=16, partition='gpu'))
-    train = ['bash', str(tools / 'slurm_train.sh'), 'gpu', 'tiny_upernet', config, work_dir]
-    assert list(slurm.command) == [*train, *flags]
-    assert dict(slurm.environment) == {'GPUS': '16'}
+    def words(command):
+        program = sys.executable if command[0].endswith('.py') else 'bash'
+        script, *others = (word.format(**places) for word in command)
+        return [program, str(ROOT / 'tools' / script), *others]
 
+    step = tool.plan(experiment, arguments(**options, **launch))
+    assert list(step.command) == [*words(train), *flags]
+    assert dict(step.environment) == ({'GPUS': '16'} if 'partition' in launch else {})
     work_dir_at(experiment, checkpoint='iter_4.pth')
-    checkpoint = str(tmp_path / 'tiny_upernet' / 'iter_4.pth')
-    rest = ['--work-dir', work_dir, *flags[2:]]
-    four = tool.plan(experiment, arguments(**options, gpus=4))
-    test = ['bash', str(tools / 'dist_test.sh'), config, checkpoint, '4']
-    assert list(four.command) == [*test, *rest]
-    slurm = tool.plan(experiment, arguments(**options, partition='gpu'))
-    test = ['bash', str(tools / 'slurm_test.sh'), 'gpu', 'tiny_upernet', config, checkpoint]
-    assert list(slurm.command) == [*test, *rest]
+    step = tool.plan(experiment, arguments(**options, **launch))
+    assert list(step.command) == [*words(test), *flags[2:]]
 
 
 @pytest.fixture(scope='module')
@@ -260,7 +260,7 @@ def test_interrupted_training_is_resumed(room, environment):
     records = [json.loads(line) for line in logs[1].read_text().splitlines()]
     assert [record['iter'] for record in records if 'iter' in record] == [reached + 1, last]
     assert f'finished, iteration {last}' in output
-    (row,) = json.loads((room / 'cut' / 'benchmark' / 'work_dirs.json').read_text())['rows']
+    (row,) = json.loads((room / 'cut' / 'compared' / 'runs.json').read_text())['rows']
     assert (row['state'], row['last_step']) == ('finished', last)
     assert row['last'] == records[-1]['mIoU']
 
@@ -295,10 +295,21 @@ exec "${{words[@]}}"
     assert 'tiny_retinanet: "start" failed with code 1' in output
     assert 'data/coco/ does not exist' in output
     assert output.splitlines()[-1] == 'error: 1 of 2 failed: tiny_retinanet'
-    rows = json.loads((room / 'slurm' / 'benchmark' / 'work_dirs.json').read_text())['rows']
-    rows = [row for row in rows if row['experiment'] == 'tiny_upernet']
-    assert [row['metric'] for row in rows] == ['mIoU', 'mIoU(ms+flip)']
-    assert {row['best_step'] for row in rows} == {4}
+    rows = json.loads((room / 'slurm' / 'compared' / 'runs.json').read_text())['rows']
+    plain, augmented = (row for row in rows if row['experiment'] == 'tiny_upernet')
+    work_dir = room / 'slurm' / 'tiny_upernet'
+    (log,) = work_dir.glob('*/vis_data/scalars.json')
+    *steps, validation = (json.loads(line) for line in log.read_text().splitlines())
+    assert (plain['metric'], plain['best'], plain['state']) == (
+        'mIoU',
+        validation['mIoU'],
+        'finished',
+    )
+    assert plain['hours'] == pytest.approx(sum(record['time'] for record in steps) / 3600)
+    (tested,) = work_dir.glob('*/*.json')
+    assert augmented['metric'] == 'mIoU(ms+flip)'
+    assert augmented['best'] == json.loads(tested.read_text())['mIoU']
+    assert plain['best_step'] == augmented['best_step'] == 4
 
 
 def test_work_dir_in_use(tool, tmp_path, monkeypatch, capsys):
@@ -306,7 +317,7 @@ def test_work_dir_in_use(tool, tmp_path, monkeypatch, capsys):
     folder.mkdir()
     monkeypatch.setattr(sys, 'argv', [str(TOOL), str(SEGMENTOR), '--work-root', str(tmp_path)])
     monkeypatch.setattr(tool.signal, 'signal', lambda *_: None)
-    with open(folder / '.lock', 'w') as lock:
+    with open(folder / '.queue.lock', 'w') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(UserError, match='1 of 1 failed: tiny_upernet'):
             tool.main()
@@ -349,13 +360,3 @@ def test_wrong_arguments(tool, monkeypatch, capsys, words, said):
     with pytest.raises((UserError, SystemExit)) as error:
         tool.main()
     assert said in str(error.value) + capsys.readouterr().err
-
-
-def test_help_has_an_example(tool, monkeypatch, capsys):
-    monkeypatch.setattr(sys, 'argv', [str(TOOL), '--help'])
-    with pytest.raises(SystemExit):
-        tool.main()
-    output = ' '.join(capsys.readouterr().out.split())
-    assert 'example: python tools/train_all.py' in output
-    for group in ('paper', 'baselines', 'all'):
-        assert f'{group}: ' in output

@@ -1,12 +1,13 @@
 # Copyright (c) mmscalablevit contributors. All rights reserved.
 """Train and evaluate a chosen set of experiments: on one machine in turn, or through Slurm.
 
-What is finished is skipped, what was cut off is resumed, the rest is started. The output of each
-experiment goes to ``output.log`` in its work directory. After a failure the next one is taken;
+What is finished is skipped, what was interrupted is resumed, the rest is started. The output of
+each experiment goes to ``output.log`` in its work directory. After a failure the next one is taken;
 Ctrl-C stops what runs, and the same command goes on from there.
 """
 
 import argparse
+import contextlib
 import fcntl
 import fnmatch
 import os
@@ -24,7 +25,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from mmscalablevit import cli, work_dirs
-from mmscalablevit.errors import UserError
+from mmscalablevit.errors import CheckpointError, UserError
+from mmscalablevit.published import read_published
 
 TOOLS = Path(__file__).resolve().parent
 CONFIGS = TOOLS.parent / 'configs'
@@ -41,13 +43,7 @@ POLL, REFRESH = 0.5, 10
 
 @dataclass(frozen=True)
 class Experiment:
-    """A config and where it is trained.
-
-    Args:
-        config (Path): The config.
-        work_dir (Path): Its work directory.
-        options (dict): Settings that replace those of the config.
-    """
+    """A config, its work directory, and the options that replace settings of the config."""
 
     config: Path
     work_dir: Path
@@ -70,14 +66,7 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Step:
-    """The next thing to do for an experiment.
-
-    Args:
-        state (str): What it is in, to show.
-        command (tuple[str, ...]): What to run; empty if it is finished.
-        environment (tuple[tuple[str, str], ...]): Variables for the command.
-        trains (bool): Whether the command trains; else it tests.
-    """
+    """What comes next for an experiment: no command if it is finished."""
 
     state: str
     command: tuple[str, ...] = ()
@@ -87,16 +76,7 @@ class Step:
 
 @dataclass
 class Job:
-    """A step that runs.
-
-    Args:
-        experiment (Experiment): The experiment.
-        step (Step): The step.
-        process (subprocess.Popen): The process, leader of a group of its own.
-        lock (IO): Held as long as the experiment is worked on.
-        bar (int): Its progress bar.
-        looked (float): When its log was read last.
-    """
+    """A step that runs; the lock is held as long as the experiment is worked on."""
 
     experiment: Experiment
     step: Step
@@ -107,29 +87,16 @@ class Job:
 
 
 def select(chosen: list[str], work_root: Path, options: dict) -> list[Experiment]:
-    """Find the experiments that names, globs and groups stand for.
-
-    Args:
-        chosen (list[str]): Names of configs or globs over them, such as 'mask-rcnn_*_1x_coco', with
-            or without their folder, such as 'segmentation/*upernet*'; keys of ``GROUPS``; or
-            files of other configs.
-        work_root (Path): The folder of the work directories.
-        options (dict): Settings that replace those of the configs.
-
-    Returns:
-        list[Experiment]: The experiments, each once.
-
-    Raises:
-        UserError: If one stands for no config.
-    """
+    """Find the experiments, each once, that names, globs, groups and files stand for."""
     paths = [p for p in sorted(CONFIGS.glob('*/*.py')) if p.parent.name != '_base_']
     found = []
     for text in chosen:
-        matches = _matching(text, paths)
         if text in GROUPS:
             matches = _group(text, paths)
         elif text.endswith('.py') and Path(text).is_file():
             matches = [Path(text)]
+        else:
+            matches = _matching(text.removeprefix('configs/').removesuffix('.py'), paths)
         if not matches:
             raise UserError(
                 f'no config in {CONFIGS} matches {text!r}; give a name or glob such as '
@@ -145,14 +112,11 @@ def _group(name: str, paths: list[Path]) -> list[Path]:
         return dense
     if name == 'baselines':
         return [path for path in dense if 'scalablevit' not in path.stem]
-    models = work_dirs.read_published(CONFIGS)
-    return [
-        p for p in dense if 'scalablevit' in p.stem and p.stem in models and models[p.stem].metrics
-    ]
+    measured = {name for name, model in read_published(CONFIGS).items() if model.metrics}
+    return [path for path in dense if 'scalablevit' in path.stem and path.stem in measured]
 
 
 def _matching(pattern: str, paths: list[Path]) -> list[Path]:
-    pattern = pattern.removeprefix('configs/').removesuffix('.py')
     return [
         path
         for path in paths
@@ -164,16 +128,8 @@ def _matching(pattern: str, paths: list[Path]) -> list[Path]:
 def plan(experiment: Experiment, args: argparse.Namespace) -> Step:
     """Find out what an experiment needs next.
 
-    Args:
-        experiment (Experiment): The experiment.
-        args (argparse.Namespace): The command line.
-
-    Returns:
-        Step: To start or resume its training, to test its last checkpoint where the training ended
-        without an evaluation, to test it with augmentation, or nothing.
-
-    Raises:
-        UserError: If its config or logs cannot be read.
+    That is to start or resume its training, to test its last checkpoint where the training ended
+    without an evaluation, to test it with augmentation, or nothing.
     """
     cfg = experiment.load()
     train_cfg = cfg.get('train_cfg') or {}
@@ -181,65 +137,52 @@ def plan(experiment: Experiment, args: argparse.Namespace) -> Step:
     if not total:
         raise UserError(f'{experiment.config} has no train_cfg.max_epochs or max_iters')
     unit = 'epoch' if 'max_epochs' in train_cfg else 'iter'
-    checkpoint, step = work_dirs.newest_checkpoint(experiment.work_dir) or (None, 0)
+    flags = ['--amp'] * args.amp + ['--auto-scale-lr'] * args.auto_scale_lr
+    checkpoint = work_dirs.find_checkpoint(str(experiment.work_dir))
     if checkpoint is None:
-        return _train_step('start', experiment, args)
+        return _step('start', experiment, args, flags=flags)
+    step = work_dirs.checkpoint_step(checkpoint) or 0
     if step < total:
-        state = f'resume at {unit} {step} of {total}'
-        return _train_step(state, experiment, args, '--resume', str(checkpoint))
+        flags += ['--resume', checkpoint]
+        return _step(f'resume at {unit} {step} of {total}', experiment, args, flags=flags)
 
     run = work_dirs.read_run(experiment.work_dir)
     if step not in run.validations:
-        return _test_step('evaluate', experiment, checkpoint, args)
+        return _step('evaluate', experiment, args, checkpoint)
     augmented = args.tta and cfg.get('default_scope') == 'mmseg' and 'tta_pipeline' in cfg
     if augmented and step not in [evaluation.step for evaluation in run.tta]:
-        return _test_step('test with --tta', experiment, checkpoint, args, '--tta')
+        return _step('test with --tta', experiment, args, checkpoint, ['--tta'])
     return Step('finished')
 
 
-def _train_step(state: str, experiment: Experiment, args: argparse.Namespace, *more: str) -> Step:
-    flags = ['--amp'] * args.amp + ['--auto-scale-lr'] * args.auto_scale_lr + list(more)
-    config, work_dir = str(experiment.config), str(experiment.work_dir)
-    if args.partition:
-        flags = [args.partition, experiment.name, config, work_dir, *flags]
-        return _step(state, 'slurm_train.sh', flags, args, trains=True)
-    flags = ['--work-dir', work_dir, *flags]
-    if args.gpus > 1:
-        return _step(state, 'dist_train.sh', [config, str(args.gpus), *flags], args, trains=True)
-    return _step(state, 'train.py', [config, *flags], args, trains=True)
-
-
-def _test_step(
-    state: str, experiment: Experiment, checkpoint: Path, args: argparse.Namespace, *more: str
-) -> Step:
-    model = [str(experiment.config), str(checkpoint)]
-    flags = ['--work-dir', str(experiment.work_dir), *more]
-    if args.partition:
-        flags = [args.partition, experiment.name, *model, *flags]
-        return _step(state, 'slurm_test.sh', flags, args)
-    if args.gpus > 1:
-        return _step(state, 'dist_test.sh', [*model, str(args.gpus), *flags], args)
-    return _step(state, 'test.py', [*model, *flags], args)
-
-
 def _step(
-    state: str, tool: str, flags: list[str], args: argparse.Namespace, trains: bool = False
+    state: str,
+    experiment: Experiment,
+    args: argparse.Namespace,
+    checkpoint: str | None = None,
+    flags: list[str] | None = None,
 ) -> Step:
-    # An installed package's scripts may not be executable.
-    program = 'bash' if tool.endswith('.sh') else sys.executable
+    """Test a checkpoint or else train: by one process, torchrun or Slurm."""
+    kind = 'test' if checkpoint else 'train'
+    model = [str(experiment.config), *([checkpoint] if checkpoint else [])]
+    work_dir = ['--work-dir', str(experiment.work_dir)]
+    # The scripts of an installed package may not be executable.
+    if args.partition:
+        # slurm_train.sh takes the work directory by its place.
+        work_dir = work_dir[1:] if kind == 'train' else work_dir
+        script = ['bash', str(TOOLS / f'slurm_{kind}.sh'), args.partition, experiment.name, *model]
+    elif args.gpus > 1:
+        script = ['bash', str(TOOLS / f'dist_{kind}.sh'), *model, str(args.gpus)]
+    else:
+        script = [sys.executable, str(TOOLS / f'{kind}.py'), *model]
     options = ['--cfg-options', *args.cfg_options] if args.cfg_options else []
     environment = (('GPUS', str(args.gpus)),) if args.partition else ()
-    return Step(state, (program, str(TOOLS / tool), *flags, *options), environment, trains)
+    command = (*script, *work_dir, *(flags or []), *options)
+    return Step(state, command, environment, trains=kind == 'train')
 
 
 class Queue:
-    """Works through experiments, up to a number of them at a time.
-
-    Args:
-        experiments (list[Experiment]): What to do, in this order.
-        args (argparse.Namespace): The command line.
-        console (Console): Where to say what happens.
-    """
+    """Works through experiments in their order, up to ``args.jobs`` at a time."""
 
     def __init__(self, experiments: list[Experiment], args: argparse.Namespace, console: Console):
         self.waiting = list(experiments)
@@ -270,18 +213,14 @@ class Queue:
         finally:
             stop([job.process for job in self.running])
 
-    def _say(self, name: str, text: str) -> None:
-        self.console.print(f'{name}: {text}', markup=False, highlight=False, soft_wrap=True)
-
     def _begin(self, experiment: Experiment) -> None:
         experiment.work_dir.mkdir(parents=True, exist_ok=True)
-        lock = open(experiment.work_dir / '.lock', 'w')  # noqa: SIM115
+        lock = open(experiment.work_dir / '.queue.lock', 'w')  # noqa: SIM115
         try:
             # The system lets go of it however this process ends.
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            lock.close()
-            self._fail(experiment, f'{experiment.work_dir} is in use by another train_all.py')
+            self._fail(experiment, f'{experiment.work_dir} is in use by another train_all.py', lock)
             return
         self._start(experiment, lock, before=None)
 
@@ -289,20 +228,18 @@ class Queue:
         """Start the next step of an experiment, if there is one."""
         try:
             step = plan(experiment, self.args)
-        except UserError as error:
-            self._fail(experiment, str(error))
-            lock.close()
+        except (UserError, CheckpointError) as error:
+            self._fail(experiment, str(error), lock)
             return
-        number = self.count - len(self.waiting)
+        number = f'{self.count - len(self.waiting)} of {self.count}'
         if not step.command:
-            self._say(experiment.name, f'finished ({number} of {self.count})')
+            say(self.console, f'{experiment.name}: finished ({number})')
             lock.close()
             return
         if step == before:
-            self._fail(experiment, f'"{step.state}" ended without its result')
-            lock.close()
+            self._fail(experiment, f'"{step.state}" ended without its result', lock)
             return
-        self._say(experiment.name, f'{step.state} ({number} of {self.count})')
+        say(self.console, f'{experiment.name}: {step.state} ({number})')
         with open(experiment.work_dir / 'output.log', 'ab') as log:
             process = subprocess.Popen(
                 step.command,
@@ -329,33 +266,34 @@ class Queue:
             self._start(job.experiment, job.lock, before=job.step)
             return
         log = job.experiment.work_dir / 'output.log'
-        self._fail(job.experiment, f'"{job.step.state}" failed with code {code}; see {log}')
-        for line in _last_lines(log):
-            self.console.print(f'  {line}', markup=False, highlight=False, soft_wrap=True)
-        job.lock.close()
+        reason = f'"{job.step.state}" failed with code {code}; see {log}'
+        self._fail(job.experiment, reason, job.lock)
+        lines = log.read_text(encoding='utf-8', errors='replace').splitlines()
+        for line in [line for line in lines if line.strip()][-3:]:
+            say(self.console, f'  {line}')
 
     def _show(self, job: Job) -> None:
-        try:
+        # A log or config may be just being written.
+        with contextlib.suppress(UserError, OSError):
             run = work_dirs.read_run(job.experiment.work_dir)
-        except (UserError, OSError):
-            # Just being written.
-            return
-        if run.total and job.step.trains:
-            left = '' if run.hours_left is None else f', {run.hours_left:.1f} h left'
-            text = f'{run.unit} {run.done:.1f} of {run.total}{left}'
-            self.progress.update(job.bar, total=run.total, completed=run.done, text=text)
+            if run.total and job.step.trains:
+                left = '' if run.hours_left is None else f', {run.hours_left:.1f} h left'
+                text = f'{run.unit} {run.done:.1f} of {run.total}{left}'
+                self.progress.update(job.bar, total=run.total, completed=run.done, text=text)
 
-    def _fail(self, experiment: Experiment, reason: str) -> None:
+    def _fail(self, experiment: Experiment, reason: str, lock: IO) -> None:
         self.failed[experiment.name] = reason
-        self._say(experiment.name, reason)
+        say(self.console, f'{experiment.name}: {reason}')
+        lock.close()
+
+
+def say(console: Console, text: str) -> None:
+    """Print plain text beside the progress bars."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def stop(processes: list[subprocess.Popen]) -> None:
-    """End processes with all that they have started.
-
-    Args:
-        processes (list[subprocess.Popen]): Leaders of groups of their own.
-    """
+    """End processes, leaders of groups of their own, with all that they have started."""
     for process in processes:
         _signal(process, signal.SIGTERM)
     end = time.time() + GRACE
@@ -368,55 +306,31 @@ def stop(processes: list[subprocess.Popen]) -> None:
 
 
 def _signal(process: subprocess.Popen, number: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, number)
-    except ProcessLookupError:
-        return
-
-
-def _last_lines(path: Path, count: int = 3) -> list[str]:
-    lines = path.read_text(encoding='utf-8', errors='replace').splitlines()
-    return [line for line in lines if line.strip()][-count:]
 
 
 def show_plan(experiments: list[Experiment], args: argparse.Namespace, console: Console) -> None:
-    """Print the state of every experiment and the command that comes next.
-
-    Args:
-        experiments (list[Experiment]): The experiments.
-        args (argparse.Namespace): The command line.
-        console (Console): Where to print.
-    """
+    """Print the state of every experiment and the command that comes next."""
     for experiment in experiments:
         try:
             step = plan(experiment, args)
-        except UserError as error:
+        except (UserError, CheckpointError) as error:
             step = Step(f'error: {error}')
-        lines = [f'{experiment.name}: {step.state}']
+        say(console, f'{experiment.name}: {step.state}')
         if step.command:
             words = [f'{k}={v}' for k, v in step.environment] + [shlex.join(step.command)]
-            lines.append('    ' + ' '.join(words))
-        for line in lines:
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
+            say(console, '    ' + ' '.join(words))
 
 
 def report(experiments: list[Experiment], work_root: Path) -> None:
-    """Hold what was trained against the published results.
-
-    Args:
-        experiments (list[Experiment]): The experiments.
-        work_root (Path): The folder of the work directories; the table and the plot go to its
-            folder ``benchmark``.
-
-    Raises:
-        UserError: If that fails.
-    """
+    """Compare what was trained with the published results, in the folder ``compared``."""
     trained = [str(e.work_dir) for e in experiments if any(e.work_dir.glob('*/vis_data'))]
     if trained:
         script = TOOLS / 'analysis_tools' / 'compare_runs.py'
-        out = ['--out', str(work_root / 'benchmark')]
+        out = ['--out', str(work_root / 'compared')]
         if subprocess.run([sys.executable, str(script), *trained, *out]).returncode:
-            raise UserError('the results could not be reported; see above')
+            raise UserError('the results could not be compared; see above')
 
 
 def parse_args() -> argparse.Namespace:
@@ -424,7 +338,7 @@ def parse_args() -> argparse.Namespace:
     groups = '; '.join(f'{name}: {text}' for name, text in GROUPS.items())
     parser = argparse.ArgumentParser(
         description='Train and evaluate a chosen set of experiments: skip what is finished, resume '
-        'what was cut off, start the rest, and hold the results against the published ones.',
+        'what was interrupted, start the rest, and compare the results with the published ones.',
         epilog="example: python tools/train_all.py 'mask-rcnn_*_1x_coco' "
         "'segmentation/*upernet*' --gpus 8 --amp --tta",
     )
@@ -474,17 +388,7 @@ def _positive(text: str) -> int:
 
 
 def parse_options(texts: list[str] | None) -> dict:
-    """Read options as ``tools/train.py`` does.
-
-    Args:
-        texts (list[str], optional): Each KEY=VALUE.
-
-    Returns:
-        dict: The options.
-
-    Raises:
-        UserError: If one cannot be read.
-    """
+    """Read options as ``tools/train.py`` does."""
     parser = argparse.ArgumentParser()
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={})
     try:

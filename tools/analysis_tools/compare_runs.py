@@ -1,5 +1,5 @@
 # Copyright (c) mmscalablevit contributors. All rights reserved.
-"""Hold trainings, finished or running, against the published results: a table and a plot.
+"""Compare trainings, finished or running, with the published results: a table and a plot.
 
 A gap is marked with * where the run does not stand for its experiment: its config was altered, or
 its backbone was not pretrained; the notes under the table say how. A difference from a baseline is
@@ -18,12 +18,11 @@ from matplotlib.ticker import MaxNLocator
 from mmengine.config import Config
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from mmscalablevit import cli
-from mmscalablevit import work_dirs as logs
 from mmscalablevit.errors import UserError
-from mmscalablevit.work_dirs import METRICS, Published, Run
+from mmscalablevit.published import Published, read_published
+from mmscalablevit.work_dirs import METRICS, Run, find_work_dirs, read_run
 
 matplotlib.use('Agg')
 
@@ -55,48 +54,15 @@ MIXED_PRECISION = ('AmpOptimWrapper', 'CPUAmpOptimWrapper')
 # Alterations that the table's notes name; the JSON has all of them.
 NUM_SHOWN = 4
 MARKERS = 'osD^vP'
-HEADER = [
-    'Experiment',
-    'Metric',
-    'Best',
-    'Last',
-    'Published',
-    'Gap',
-    *(f'- {name}' for name in BASELINES.values()),
-    'Images/s',
-    'GPU GB',
-    'Hours',
-    'State',
-    'Notes',
-]
 
 
 @dataclass
 class Row:
-    """A metric of a run; all values are on the published scale.
+    """A metric of a run on the published scale, or no metric if nothing was evaluated yet.
 
-    Args:
-        experiment (str): The stem of the config.
-        work_dir (str): Where the run is.
-        metric (str): The metric's published name; empty if the run has no evaluation yet.
-        unit (str): What steps count: 'epoch' or 'iteration'.
-        best (float, optional): The best value.
-        best_step (int, optional): Its step.
-        last (float, optional): The last value.
-        last_step (int, optional): Its step.
-        published (float, optional): The published result.
-        gap (float, optional): Best minus published.
-        differences (dict[str, float]): Best minus that of each baseline.
-        incomparable (list[str]): Baselines that ran under other conditions.
-        images_per_second (float, optional): Median throughput in training.
-        peak_memory_mb (float, optional): The most memory that a GPU took.
-        hours (float, optional): Time in training iterations.
-        state (str): See ``Run.state``.
-        done (float): Steps that were trained.
-        total (int): Steps that shall be trained.
-        hours_left (float, optional): For the remaining iterations.
-        altered (list[str]): What keeps the run from standing for its experiment.
-        notes (list[str]): Other remarks.
+    ``differences`` are those of the best value from the baselines, of which ``incomparable`` ran
+    under other conditions; ``altered`` is what keeps the run from standing for its experiment;
+    ``peak_memory_mb`` is in MB.
     """
 
     experiment: str
@@ -123,14 +89,7 @@ class Row:
 
 
 def flatten(value: object, key: str = '') -> dict[str, object]:
-    """Lay nested dicts, and lists of dicts, out as one dict with dotted keys.
-
-    Args:
-        value (object): Part of a config.
-        key (str): Its place.
-
-    Returns:
-        dict[str, object]: Its leaves; a list of other things is one.
+    """Nested dicts, and lists of dicts, as one dict with dotted keys.
 
     Example:
         >>> flatten({'a': {'b': 1}, 'c': [{'d': (2, 3)}]})
@@ -149,16 +108,7 @@ def flatten(value: object, key: str = '') -> dict[str, object]:
 
 
 def find_alterations(config: Config, reference: Config, keys: tuple[str, ...]) -> list[str]:
-    """Find what differs between the config of a run and that of its experiment.
-
-    Args:
-        config (Config): What was run.
-        reference (Config): What the repository has.
-        keys (tuple[str, ...]): The entries to compare.
-
-    Returns:
-        list[str]: A text for each difference, such as 'train_cfg.max_epochs=1'.
-    """
+    """What a run's config has otherwise than its experiment's, such as 'train_cfg.max_epochs=1'."""
     altered = []
     for entry in keys:
         mine, theirs = (flatten(c.get(entry), entry) for c in (config, reference))
@@ -174,15 +124,7 @@ def find_alterations(config: Config, reference: Config, keys: tuple[str, ...]) -
 
 
 def alterations(run: Run, reference: Config) -> list[str]:
-    """Find what keeps a run from standing for its experiment.
-
-    Args:
-        run (Run): The run.
-        reference (Config): The experiment's config in the repository.
-
-    Returns:
-        list[str]: A text for each alteration, those of the training first.
-    """
+    """What keeps a run from standing for its experiment, alterations of the training first."""
     altered = []
     if run.config is not None:
         config = run.config
@@ -201,15 +143,7 @@ def alterations(run: Run, reference: Config) -> list[str]:
 
 
 def find_test_alterations(config: Config, reference: Config) -> list[str]:
-    """Find what differs between a test and the test of the experiment's config.
-
-    Args:
-        config (Config): The test's config, as ``tools/test.py`` set it up.
-        reference (Config): The experiment's config in the repository.
-
-    Returns:
-        list[str]: A text for each difference.
-    """
+    """What differs between a test, as ``tools/test.py`` set it up, and the experiment's test."""
     config, reference = (Config(c.to_dict()) for c in (config, reference))
     if 'module' in config.model:
         # What tools/test.py --tta replaces by entries that are compared on their own.
@@ -227,55 +161,27 @@ def find_test_alterations(config: Config, reference: Config) -> list[str]:
 
 
 def is_pretrained(config: Config) -> bool:
-    """Whether a detector or segmentor starts from pretrained weights; classifiers need none.
-
-    Args:
-        config (Config): Its config.
-
-    Returns:
-        bool: Whether anything names pretrained weights.
-    """
+    """Whether a detector or segmentor starts from pretrained weights; classifiers need none."""
     if config.get('default_scope') == 'mmpretrain':
         return True
-    model = config.get('model') or {}
-    backbone = model.get('backbone') or {}
-    init = backbone.get('init_cfg') or {}
-    named = [config.get('load_from'), model.get('pretrained'), backbone.get('pretrained')]
-    inits = init if isinstance(init, list) else [init]
-    return any(named) or any(each.get('type') == 'Pretrained' for each in inits)
+    leaves = flatten(config.get('model') or {})
+    named = [config.get('load_from'), leaves.get('pretrained'), leaves.get('backbone.pretrained')]
+    inits = [key for key in leaves if re.fullmatch(r'backbone\.init_cfg(\.\d+)?\.type', key)]
+    return any(named) or any(leaves[key] == 'Pretrained' for key in inits)
 
 
-def find_reference(name: str, models: dict[str, Published]) -> Config | None:
-    """Find the config of an experiment in the repository.
-
-    Args:
-        name (str): Its stem.
-        models (dict[str, Published]): Those of the metafiles.
-
-    Returns:
-        Config | None: The config; None if there is none of this name.
-    """
-    paths = [models[name].config] if name in models else []
-    paths += sorted(CONFIGS.glob(f'*/{name}.py'))
-    for path in paths:
-        if path.is_file():
-            return Config.fromfile(path, import_custom_modules=False)
+def find_reference(name: str) -> Config | None:
+    """The config of an experiment in the repository; None if there is none of this name."""
+    for path in sorted(CONFIGS.glob(f'*/{name}.py')):
+        return Config.fromfile(path, import_custom_modules=False)
     return None
 
 
 def make_rows(run: Run, models: dict[str, Published]) -> list[Row]:
-    """Hold a run against the published results.
-
-    Args:
-        run (Run): The run.
-        models (dict[str, Published]): Those of the metafiles.
-
-    Returns:
-        list[Row]: A row for each of its metrics, or one that says how far it is.
-    """
+    """A row for each metric of a run, or one that says how far it is."""
     altered, notes = [], []
     published = models[run.name].metrics if run.name in models else {}
-    reference = find_reference(run.name, models)
+    reference = find_reference(run.name)
     if reference is None:
         notes.append('unknown experiment: no config of this name in configs/')
     else:
@@ -291,18 +197,8 @@ def make_rows(run: Run, models: dict[str, Published]) -> list[Row]:
     seen = {metric for e in [*run.validations.values(), *run.tta] for metric in e.metrics}
     # In the order of METRICS; those with augmentation after them.
     metrics = [m for m in METRICS if m in seen] + sorted(seen - METRICS.keys())
-    common = dict(
-        experiment=run.name,
-        work_dir=str(run.work_dir),
-        unit=run.unit,
-        images_per_second=run.images_per_second,
-        peak_memory_mb=run.peak_memory,
-        hours=run.hours,
-        state=run.state,
-        done=run.done,
-        total=run.total,
-        hours_left=run.hours_left,
-    )
+    common = {key: getattr(run, key) for key in Row.__annotations__ if hasattr(run, key)}
+    common |= dict(experiment=run.name, work_dir=str(run.work_dir))
     rows = []
     for metric in metrics:
         row = Row(**common, metric=metric, altered=altered, notes=notes)
@@ -319,23 +215,14 @@ def make_rows(run: Run, models: dict[str, Published]) -> list[Row]:
 
 
 def compare_with_baselines(rows: list[Row]) -> None:
-    """Set the differences between ScalableViT-S and the baselines that differ by the backbone.
-
-    Where a baseline was trained several times, its best run counts.
-
-    Args:
-        rows (list[Row]): All rows.
-    """
+    """Set the differences from the best runs of the same training with another backbone."""
     for row in rows:
         if 'scalablevit-s' not in row.experiment or row.best is None:
             continue
         for part, name in BASELINES.items():
             twin = row.experiment.replace('scalablevit-s', part)
-            others = [
-                r
-                for r in rows
-                if (r.experiment, r.metric) == (twin, row.metric) and r.best is not None
-            ]
+            others = [r for r in rows if (r.experiment, r.metric) == (twin, row.metric)]
+            others = [r for r in others if r.best is not None]
             if not others:
                 continue
             other = max(others, key=lambda r: r.best)
@@ -346,24 +233,18 @@ def compare_with_baselines(rows: list[Row]) -> None:
 
 
 def read_rows(work_dirs: list[Path]) -> tuple[list[Row], list[Run]]:
-    """Read all runs and hold them against the published results and each other.
+    """Read all runs and compare them with the published results and each other.
 
-    Args:
-        work_dirs (list[Path]): Their work directories.
-
-    Returns:
-        tuple[list[Row], list[Run]]: The rows, ours before the baselines of the same experiment,
-        and the runs. A work directory that cannot be read has a row that says why, and no run.
+    A work directory that cannot be read has a row that says why, and no run.
     """
-    models = logs.read_published(CONFIGS)
+    models = read_published(CONFIGS)
     rows, runs = [], []
     console = Console(stderr=True)
-    hidden = not console.is_terminal
     for work_dir in track(
-        work_dirs, 'Reading logs', console=console, transient=True, disable=hidden
+        work_dirs, 'Reading logs', console=console, disable=not console.is_terminal
     ):
         try:
-            run = logs.read_run(work_dir)
+            run = read_run(work_dir)
         except UserError as error:
             note = ' '.join(str(error).split())
             rows.append(Row(work_dir.name, str(work_dir), state='unreadable', notes=[note]))
@@ -379,20 +260,11 @@ def _number(value: float | None, form: str = '.1f') -> str:
 
 
 def _at(value: float | None, step: int | None, unit: str) -> str:
-    if value is None:
-        return '-'
-    return f'{value:.1f}' if step is None else f'{value:.1f} ({unit} {step})'
+    return _number(value) + ('' if value is None or step is None else f' ({unit} {step})')
 
 
 def describe_state(row: Row) -> str:
-    """Say how far a run is.
-
-    Args:
-        row (Row): One of its rows.
-
-    Returns:
-        str: Such as 'running, epoch 2.4 of 12, 5.2 h left'.
-    """
+    """Say how far a run is, such as 'running, epoch 2.4 of 12, 5.2 h left'."""
     if row.state in ('tested only', 'unreadable'):
         return row.state
     # Rounded down, so that it is not said to be further than it is.
@@ -402,62 +274,46 @@ def describe_state(row: Row) -> str:
     text = f'{row.state}, {row.unit} {done} of {row.total}'
     if row.hours_left is None:
         return text
-    if row.hours_left < 1:
-        return f'{text}, {row.hours_left * 60:.0f} min left'
-    return f'{text}, {row.hours_left:.1f} h left'
+    left = f'{row.hours_left * 60:.0f} min' if row.hours_left < 1 else f'{row.hours_left:.1f} h'
+    return f'{text}, {left} left'
 
 
 def _note_texts(row: Row) -> list[str]:
-    texts = list(row.notes)
-    if row.altered:
-        more = len(row.altered) - NUM_SHOWN
-        shown = '; '.join(row.altered[:NUM_SHOWN])
-        # Not settings, and so easily lost among many of them.
-        others = [text for text in row.altered[NUM_SHOWN:] if ' ' in text and '=' not in text]
-        shown = '; '.join([shown, *others])
-        more -= len(others)
-        texts.insert(0, f'altered: {shown}' + (f'; and {more} more settings' if more > 0 else ''))
-    return texts
+    if not row.altered:
+        return row.notes
+    # What is not a setting would be lost among many of them.
+    settings = [text for text in row.altered if ' ' not in text or '=' in text]
+    shown = [text for text in row.altered if text not in settings[NUM_SHOWN:]]
+    more = len(row.altered) - len(shown)
+    counted = f'; and {more} more settings' if more else ''
+    return [f'altered: {"; ".join(shown)}{counted}', *row.notes]
 
 
 def format_cells(rows: list[Row]) -> tuple[list[str], list[list[str]], list[str]]:
-    """Lay the rows out as text.
-
-    Args:
-        rows (list[Row]): The rows.
-
-    Returns:
-        tuple[list[str], list[list[str]], list[str]]: Header, cells of each row, and notes; the
-        column of a baseline is left out where there is no difference to show.
-    """
-    notes, lines = [], []
+    """The header, the cells of each row, and the notes that cells refer to by number."""
     names = [name for name in BASELINES.values() if any(name in row.differences for row in rows)]
-    several = {r.experiment for r in rows for o in rows if _same_experiment(r, o)}
-    before = None
+    header = ['Experiment', 'Metric', 'Best', 'Last', 'Published', 'Gap']
+    header += [f'- {name}' for name in names]
+    header += ['Images/s', 'GPU GB', 'Hours', 'State', 'Notes']
+    notes = list(dict.fromkeys(text for row in rows for text in _note_texts(row)))
+    lines, before = [], None
     for row in rows:
-        texts = _note_texts(row)
-        notes += [text for text in texts if text not in notes]
-        label = row.experiment
-        if row.experiment in several:
-            label += f' [{row.work_dir}]'
-        first = row.work_dir != before
-        before = row.work_dir
-        star = '*' if row.altered else ''
-        gap = '-' if row.gap is None else f'{row.gap:+.1f}{star}'
+        several = any(_same_experiment(row, other) for other in rows)
+        label = f'{row.experiment} [{row.work_dir}]' if several else row.experiment
         differences = [
-            f'{row.differences[name]:+.1f}' + ('*' if name in row.incomparable else '')
-            if name in row.differences
-            else '-'
+            _number(row.differences.get(name), '+.1f') + '*' * (name in row.incomparable)
             for name in names
         ]
-        memory = None if row.peak_memory_mb is None else row.peak_memory_mb / 1024
+        speed, hours = row.images_per_second, row.hours
         common = [
-            _number(row.images_per_second, '.1f' if (row.images_per_second or 0) >= 10 else '.2f'),
-            _number(memory),
-            _number(row.hours, '.1f' if (row.hours or 0) >= 1 else '.2g'),
+            _number(speed, '.1f' if (speed or 0) >= 10 else '.2f'),
+            _number(row.peak_memory_mb and row.peak_memory_mb / 1024),
+            _number(hours, '.1f' if (hours or 0) >= 1 else '.2g'),
             describe_state(row),
-            ' '.join(str(notes.index(text) + 1) for text in texts),
+            ' '.join(str(notes.index(text) + 1) for text in _note_texts(row)),
         ]
+        first = row.work_dir != before
+        before = row.work_dir
         lines.append(
             [
                 label if first else '',
@@ -465,13 +321,11 @@ def format_cells(rows: list[Row]) -> tuple[list[str], list[list[str]], list[str]
                 _at(row.best, row.best_step, row.unit),
                 _at(row.last, row.last_step, row.unit),
                 _number(row.published),
-                gap,
+                _number(row.gap, '+.1f') + '*' * (row.gap is not None and bool(row.altered)),
                 *differences,
                 *(common if first else [''] * len(common)),
             ]
         )
-    shown = [f'- {name}' for name in names]
-    header = [text for text in HEADER if not text.startswith('- ') or text in shown]
     return header, lines, notes
 
 
@@ -480,15 +334,7 @@ def _same_experiment(row: Row, other: Row) -> bool:
 
 
 def explain(rows: list[Row], models: dict[str, Published]) -> list[str]:
-    """The sentences under the table: what its columns are, and where published results come from.
-
-    Args:
-        rows (list[Row]): The rows.
-        models (dict[str, Published]): Those of the metafiles.
-
-    Returns:
-        list[str]: The sentences.
-    """
+    """What the columns of the table are, and where published results come from."""
     texts = ['Gap: best minus published. Hours: in training iterations, without evaluation.']
     marked = any(row.altered and row.gap is not None for row in rows)
     if marked or any(row.incomparable for row in rows):
@@ -498,92 +344,36 @@ def explain(rows: list[Row], models: dict[str, Published]) -> list[str]:
     return texts + [f'Source of published: {source}' for source in sources]
 
 
-def print_table(rows: list[Row], models: dict[str, Published]) -> None:
-    """Print the table to the terminal.
-
-    Args:
-        rows (list[Row]): The rows.
-        models (dict[str, Published]): Those of the metafiles.
-    """
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=240)
+def format_markdown(rows: list[Row], models: dict[str, Published], **width: int) -> str:
+    """The table, its notes and explanations as Markdown, or folded for a terminal of a width."""
     header, lines, notes = format_cells(rows)
-    table = Table(*header, show_lines=False)
-    for column, name in zip(table.columns, header, strict=True):
-        column.justify = 'left' if name in ('Experiment', 'Metric', 'State', 'Notes') else 'right'
-        column.overflow = 'fold'
-    for index, line in enumerate(lines):
-        last = index + 1 == len(lines) or bool(lines[index + 1][0])
-        table.add_row(*(text.replace('[', r'\[') for text in line), end_section=last)
-    console.print(table)
-    for number, text in enumerate(notes, start=1):
-        console.print(f'{number}. {text}', markup=False, highlight=False)
-    for text in explain(rows, models):
-        console.print(text, markup=False, highlight=False)
-
-
-def format_markdown(rows: list[Row], models: dict[str, Published]) -> str:
-    """Lay the table out as Markdown.
-
-    Args:
-        rows (list[Row]): The rows.
-        models (dict[str, Published]): Those of the metafiles.
-
-    Returns:
-        str: The table, its notes and explanations.
-    """
-    header, lines, notes = format_cells(rows)
+    numbered = [f'{number}. {note}\n' for number, note in enumerate(notes, start=1)]
+    parts = [cli.markdown_table(header, lines, **width), ''.join(numbered)]
+    parts += [f'{text}\n' for text in explain(rows, models)]
     # A star would begin emphasis.
-    cells = [[text.replace('|', r'\|').replace('*', r'\*') for text in line] for line in lines]
-    cells = [header, *cells]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(header))]
-    cells.insert(1, ['-' * width for width in widths])
-    text = ''.join(
-        '| ' + ' | '.join(t.ljust(w) for t, w in zip(line, widths, strict=True)) + ' |\n'
-        for line in cells
-    )
-    numbered = [f'{number}. {note}' for number, note in enumerate(notes, start=1)]
-    paragraphs = [text.replace('*', r'\*') for text in explain(rows, models)]
-    return '\n'.join([text, *numbered, *([''] if numbered else []), '\n\n'.join(paragraphs), ''])
+    return '\n'.join(part for part in parts if part).replace('*', r'\*')
 
 
 def draw(rows: list[Row], runs: list[Run], path: Path) -> bool:
-    """Plot each metric of every run, with the published result as a dashed line.
-
-    Args:
-        rows (list[Row]): The rows.
-        runs (list[Run]): The runs.
-        path (Path): The picture to write.
-
-    Returns:
-        bool: Whether there was anything to plot.
-    """
-    panels = dict.fromkeys((r.metric, r.unit) for r in rows if r.best is not None)
+    """Plot each metric of every run, published results dashed; False if there is none."""
+    rows = [row for row in rows if row.best is not None]
+    panels = list(dict.fromkeys((row.metric, row.unit) for row in rows))
     if not panels:
         return False
     experiments = list(dict.fromkeys(run.name for run in runs))
     colors = plt.get_cmap('tab10' if len(experiments) <= 10 else 'tab20').colors
-    color_of = {name: colors[i % len(colors)] for i, name in enumerate(experiments)}
     run_of = {str(run.work_dir): run for run in runs}
     columns = min(len(panels), 2)
     lines = -(-len(panels) // columns)
-    shown = max(sum((r.metric, r.unit) == panel for r in rows) for panel in panels)
-    figure, axes = plt.subplots(
-        lines,
-        columns,
-        squeeze=False,
-        layout='constrained',
-        figsize=(7.5 * columns, (4.2 + 0.4 * shown) * lines),
-    )
-    for axis, (metric, unit) in zip(axes.flat, panels, strict=False):
+    size = 7.5 * columns, (4.2 + 0.4 * len(rows) / len(panels)) * lines
+    figure = plt.figure(figsize=size, layout='constrained')
+    for place, (metric, unit) in enumerate(panels, start=1):
+        axis = figure.add_subplot(lines, columns, place)
         drawn = []
-        for row in rows:
-            if (row.metric, row.unit) != (metric, unit) or row.best is None:
-                continue
-            color = color_of[row.experiment]
+        for row in [row for row in rows if (row.metric, row.unit) == (metric, unit)]:
+            color = colors[experiments.index(row.experiment) % len(colors)]
             evaluations = run_of[row.work_dir].evaluations(metric)
-            steps = [e.step if e.step is not None else row.total for e in evaluations]
+            steps = [row.total if e.step is None else e.step for e in evaluations]
             values = [e.metrics[metric] for e in evaluations]
             label = row.experiment + (' (altered)' if row.altered else '')
             if any(_same_experiment(row, other) for other in rows):
@@ -591,53 +381,41 @@ def draw(rows: list[Row], runs: list[Run], path: Path) -> bool:
             # Runs of one experiment share its color.
             marker = MARKERS[drawn.count(row.experiment) % len(MARKERS)]
             axis.plot(steps, values, f'{marker}-', color=color, markersize=5, label=label)
-            drawn.append(row.experiment)
-            if row.published is not None and drawn.count(row.experiment) == 1:
+            if row.published is not None and row.experiment not in drawn:
                 published = f'published: {row.published:.1f}'
                 axis.axhline(row.published, color=color, linestyle='--', label=published)
+            drawn.append(row.experiment)
         axis.set(title=metric, xlabel=unit, ylabel=metric)
         axis.set_xlim(left=0)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
         axis.legend(fontsize='small', loc='upper center', bbox_to_anchor=(0.5, -0.12))
-    for axis in axes.flat[len(panels) :]:
-        axis.remove()
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return True
 
 
-def write(rows: list[Row], runs: list[Run], models: dict[str, Published], folder: Path) -> None:
-    """Write the table as Markdown and JSON, and the plot.
-
-    Args:
-        rows (list[Row]): The rows.
-        runs (list[Run]): The runs.
-        models (dict[str, Published]): Those of the metafiles.
-        folder (Path): Where to write ``benchmark.md``, ``benchmark.json`` and ``benchmark.png``.
-
-    Raises:
-        UserError: If the folder cannot be written to.
-    """
+def write(rows: list[Row], runs: list[Run], markdown: str, folder: Path) -> None:
+    """Write the table as ``runs.md`` and ``runs.json``, and the plot ``runs.png``."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / 'benchmark.md').write_text(format_markdown(rows, models), encoding='utf-8')
+        (folder / 'runs.md').write_text(markdown, encoding='utf-8')
         text = json.dumps(dict(rows=[asdict(row) for row in rows]), indent=2)
-        (folder / 'benchmark.json').write_text(f'{text}\n', encoding='utf-8')
-        drawn = draw(rows, runs, folder / 'benchmark.png')
+        (folder / 'runs.json').write_text(f'{text}\n', encoding='utf-8')
+        drawn = draw(rows, runs, folder / 'runs.png')
     except OSError as error:
         raise UserError(f'--out {folder} cannot be written: {error.strerror}') from error
     pictures = 'and .png' if drawn else '(no evaluation to plot yet)'
-    print(f'wrote {folder}/benchmark.md, .json {pictures}')
+    print(f'wrote {folder}/runs.md, .json {pictures}')
 
 
 def parse_args() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
-        description='Hold trainings, finished or running, against the published results.',
+        description='Compare trainings, finished or running, with the published results.',
         epilog='example: python tools/analysis_tools/compare_runs.py '
         'work_dirs/mask-rcnn_scalablevit-s_fpn_1x_coco '
-        'work_dirs/mask-rcnn_swin-t_fpn_1x_coco --out work_dirs/benchmark',
+        'work_dirs/mask-rcnn_swin-t_fpn_1x_coco --out work_dirs/compared',
     )
     parser.add_argument(
         'work_dirs',
@@ -650,7 +428,7 @@ def parse_args() -> argparse.Namespace:
         '--out',
         type=Path,
         metavar='DIR',
-        help='folder for benchmark.md, benchmark.json and the plot benchmark.png',
+        help='folder for runs.md, runs.json and the plot runs.png',
     )
     return parser.parse_args()
 
@@ -658,11 +436,12 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Print the table and, if asked to, write it and the plot."""
     args = parse_args()
-    models = logs.read_published(CONFIGS)
-    rows, runs = read_rows(logs.find_work_dirs(args.work_dirs))
-    print_table(rows, models)
+    rows, runs = read_rows(find_work_dirs(args.work_dirs))
+    models = read_published(CONFIGS)
+    width = dict(width=Console().width) if Console().is_terminal else {}
+    print(format_markdown(rows, models, **width).replace(r'\*', '*'))
     if args.out:
-        write(rows, runs, models, args.out)
+        write(rows, runs, format_markdown(rows, models), args.out)
 
 
 if __name__ == '__main__':

@@ -55,13 +55,7 @@ NUM_PROPOSALS, NUM_MASKS = 1000, 100
 
 @dataclass(frozen=True)
 class Task:
-    """A table of the paper.
-
-    Args:
-        toolbox (str): The toolbox.
-        config (str): Config, where a backbone's name goes in.
-        size (tuple[int, int]): Height and width of the published input in pixels.
-    """
+    """A table of the paper: config, where a backbone's name goes in, and height and width."""
 
     toolbox: str
     config: str
@@ -70,16 +64,9 @@ class Task:
 
 @dataclass(frozen=True)
 class Published:
-    """A published model.
+    """A published model: params in 1e6 and FLOPs in 1e9 with their digits, '' if not published.
 
-    Args:
-        task (str): Key of ``TASKS``.
-        model (str): Name of the backbone.
-        schedules (tuple[str, ...]): Training schedules of the rows that share these figures.
-        params (str): Millions of parameters, with the published digits.
-        gflops (str): FLOPs in units of 1e9, empty if not published at this input size.
-        notes (tuple[str, ...]): What a reader must know, keys of ``NOTES``.
-        counts_attention (bool): Whether the published FLOPs are complete. Defaults to False.
+    ``counts_attention`` says whether the published FLOPs are complete.
     """
 
     task: str
@@ -93,51 +80,11 @@ class Published:
 
 @dataclass(frozen=True)
 class Counts:
-    """What was counted.
-
-    Args:
-        params (float): Millions of parameters.
-        gflops (float): FLOPs in units of 1e9, the published way.
-        complete_gflops (float): With the matrix products of attention.
-    """
+    """Parameters in 1e6, FLOPs in 1e9 counted the published way and complete."""
 
     params: float
     gflops: float
     complete_gflops: float
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row of the table: the published model with one schedule, and what was counted.
-
-    Args:
-        task (str): The table of the paper.
-        model (str): Name of the backbone.
-        schedule (str): Training schedule.
-        input (str): Height and width of the input in pixels.
-        published_params (str): See ``Published``.
-        params (float): See ``Counts``.
-        params_agree (bool): Whether the computed figure rounds to the published one.
-        published_gflops (str): See ``Published``.
-        gflops (float): See ``Counts``.
-        complete_gflops (float): See ``Counts``.
-        gflops_agree (bool | None): Whether the figure counted like the published one rounds to it
-            or is within 1%; None if none is published.
-        notes (tuple[str, ...]): Keys of the footnotes.
-    """
-
-    task: str
-    model: str
-    schedule: str
-    input: str
-    published_params: str
-    params: float
-    params_agree: bool
-    published_gflops: str
-    gflops: float
-    complete_gflops: float
-    gflops_agree: bool | None
-    notes: tuple[str, ...]
 
 
 TASKS = {
@@ -204,27 +151,20 @@ LEGEND = (
 def parse_args() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
-        description='Print the published and the computed parameters and FLOPs of every published '
-        'model, beside Swin-T and Twins-SVT-S. Needs mmpretrain, mmdet and mmseg, no weights.',
-        epilog='example: python tools/analysis_tools/get_flops.py --markdown',
+        description='Print a Markdown table of the published and the computed parameters and FLOPs '
+        'of every published model, beside Swin-T and Twins-SVT-S. Needs mmpretrain, mmdet and '
+        'mmseg, no weights.',
+        epilog='example: python tools/analysis_tools/get_flops.py',
     )
-    group = parser.add_mutually_exclusive_group()
-    group.add_argument('--markdown', action='store_true', help='print a Markdown table')
-    group.add_argument('--json', action='store_true', help='print JSON')
+    parser.add_argument('--json', action='store_true', help='print JSON, not Markdown')
     return parser.parse_args()
 
 
 def model_config(task: Task, model: str, arch: str | None = None) -> ConfigDict:
-    """Config of a published model.
+    """Config of a published model, or of arch ``arch`` of size S.
 
-    Args:
-        task (Task): The table.
-        model (str): The backbone.
-        arch (str, optional): Arch of size S in place of the published one. Defaults to None.
-
-    Returns:
-        ConfigDict: The model of its config. Where there is none, of other papers' backbones: the
-            model of size S with this backbone and its widths.
+    Where there is none, of other papers' backbones, it is the model of size S with this backbone
+    and its widths.
     """
     name = model.lower()
     path = CONFIGS / task.config.format(name)
@@ -245,15 +185,7 @@ def model_config(task: Task, model: str, arch: str | None = None) -> ConfigDict:
 
 
 def build(task: Task, cfg: ConfigDict) -> nn.Module:
-    """Build a model without memory for its weights.
-
-    Args:
-        task (Task): The table.
-        cfg (ConfigDict): Config of the model.
-
-    Returns:
-        nn.Module: The model on the meta device, in eval mode.
-    """
+    """Build a model without memory for its weights, on the meta device."""
     init_default_scope(task.toolbox)
     if cfg.backbone.type == 'ScalableViT':
         with torch.device('meta'):
@@ -263,15 +195,7 @@ def build(task: Task, cfg: ConfigDict) -> nn.Module:
 
 
 def count(task: Task, cfg: ConfigDict) -> Counts:
-    """Count parameters and FLOPs of a model.
-
-    Args:
-        task (Task): The table; gives the size of the input.
-        cfg (ConfigDict): Config of the model.
-
-    Returns:
-        Counts: What was counted.
-    """
+    """Count parameters and FLOPs of a model at the task's input size."""
     model = build(task, cfg)
     aten = torch.ops.aten
     norms = {
@@ -304,12 +228,7 @@ def norm_flops(factor: int) -> Callable:
 
 
 def forward(model: nn.Module, images: Tensor) -> None:
-    """Run what the published counts ran: all layers, no post-processing.
-
-    Args:
-        model (nn.Module): The model.
-        images (Tensor): Images of shape (B, 3, H, W) on the meta device.
-    """
+    """Run what the published counts ran: all layers, no post-processing."""
     if not hasattr(model, 'roi_head'):
         model(images, mode='tensor')
         return
@@ -322,12 +241,8 @@ def forward(model: nn.Module, images: Tensor) -> None:
         getattr(model.roi_head, f'{part}_head')(regions)
 
 
-def count_all() -> tuple[list[Row], dict[str, str]]:
-    """Count every published model.
-
-    Returns:
-        tuple[list[Row], dict[str, str]]: The rows, and the footnotes by their keys.
-    """
+def count_all() -> tuple[list[dict], dict[str, str]]:
+    """Count every published model; the rows, and the footnotes by their keys."""
     rows = []
     small, twins = [], []
     for published in track(PUBLISHED, 'Counting', console=Console(stderr=True)):
@@ -344,35 +259,26 @@ def count_all() -> tuple[list[Row], dict[str, str]]:
     return rows, {key: note.format(**texts) for key, note in NOTES.items()}
 
 
-def rows_of(published: Published, counts: Counts) -> list[Row]:
-    """Compare a published model with its counts.
+def rows_of(published: Published, counts: Counts) -> list[dict]:
+    """Compare a published model with its counts, a row for each schedule.
 
-    Args:
-        published (Published): The model.
-        counts (Counts): What was counted.
-
-    Returns:
-        list[Row]: One row for each schedule.
+    Figures agree that round to the published one; FLOPs, counted like the published ones, also
+    within 1%. ``gflops_agree`` is None if none are published.
     """
     counted = counts.complete_gflops if published.counts_attention else counts.gflops
     height, width = TASKS[published.task].size
-    return [
-        Row(
-            task=published.task,
-            model=published.model,
-            schedule=schedule,
-            input=f'{height}x{width}',
-            published_params=published.params,
-            params=counts.params,
-            params_agree=rounds_to(counts.params, published.params),
-            published_gflops=published.gflops,
-            gflops=counts.gflops,
-            complete_gflops=counts.complete_gflops,
-            gflops_agree=agree(counted, published.gflops) if published.gflops else None,
-            notes=published.notes,
-        )
-        for schedule in published.schedules
-    ]
+    row = dict(
+        task=published.task,
+        model=published.model,
+        input=f'{height}x{width}',
+        published_params=published.params,
+        params_agree=rounds_to(counts.params, published.params),
+        published_gflops=published.gflops,
+        gflops_agree=agree(counted, published.gflops) if published.gflops else None,
+        notes=published.notes,
+        **asdict(counts),
+    )
+    return [dict(row, schedule=schedule) for schedule in published.schedules]
 
 
 def rounds_to(value: float, published: str) -> bool:
@@ -386,48 +292,23 @@ def agree(gflops: float, published: str) -> bool:
     return near or rounds_to(gflops, published)
 
 
-def cells(row: Row, numbers: dict[str, int]) -> list[str]:
-    """What a row of the printed table says.
-
-    Args:
-        row (Row): The row.
-        numbers (dict[str, int]): Numbers of the footnotes.
-
-    Returns:
-        list[str]: One text for each of ``HEADER``.
-    """
-    digits = 3 if row.gflops < 100 else 1
+def cells(row: dict, numbers: dict[str, int]) -> list[str]:
+    """The texts of a row, one for each of ``HEADER``."""
+    digits = 3 if row['gflops'] < 100 else 1
     return [
-        row.task,
-        row.model,
-        row.schedule,
-        row.input,
-        row.published_params,
-        f'{row.params:.2f}' + ('' if row.params_agree else ' (differs)'),
-        row.published_gflops + ('' if row.gflops_agree is not False else ' (differs)') or '-',
-        f'{row.gflops:.{digits}f}',
-        f'{row.complete_gflops:.{digits}f}',
-        ', '.join(str(numbers[note]) for note in row.notes),
+        *(row[key] for key in ('task', 'model', 'schedule', 'input', 'published_params')),
+        f'{row["params"]:.2f}' + ('' if row['params_agree'] else ' (differs)'),
+        row['published_gflops'] + ('' if row['gflops_agree'] is not False else ' (differs)') or '-',
+        f'{row["gflops"]:.{digits}f}',
+        f'{row["complete_gflops"]:.{digits}f}',
+        ', '.join(str(numbers[note]) for note in row['notes']),
     ]
 
 
-def print_table(rows: list[Row], notes: dict[str, str], markdown: bool) -> None:
-    """Print the table and its footnotes.
-
-    Args:
-        rows (list[Row]): The rows.
-        notes (dict[str, str]): The footnotes.
-        markdown (bool): Whether to print Markdown.
-    """
+def print_table(rows: list[dict], notes: dict[str, str]) -> None:
+    """Print the table and its footnotes."""
     numbers = {key: number for number, key in enumerate(notes, 1)}
-    lines = [HEADER, *(cells(row, numbers) for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    rule = ['-' * width for width in widths]
-    bar = '| ' if markdown else ''
-    for line in [HEADER, rule, *lines[1:]]:
-        padded = (' | ' if markdown else '  ').join(map(str.ljust, line, widths))
-        print(f'{bar}{padded}{bar[::-1]}'.rstrip())
-    print()
+    print(cli.markdown_table(HEADER, [cells(row, numbers) for row in rows]))
     print(f'{LEGEND}\n')
     for key, note in notes.items():
         print(f'{numbers[key]}. {note}')
@@ -448,9 +329,9 @@ def main() -> None:
     warnings.simplefilter('ignore')
     rows, notes = count_all()
     if args.json:
-        print(json.dumps(dict(rows=[asdict(row) for row in rows], notes=notes), indent=2))
+        print(json.dumps(dict(rows=rows, notes=notes), indent=2))
     else:
-        print_table(rows, notes, args.markdown)
+        print_table(rows, notes)
 
 
 if __name__ == '__main__':

@@ -19,44 +19,20 @@ FORMATS = ('.jpg', '.pdf', '.png', '.svg')
 
 
 def labels(runs: list[work_dirs.Run]) -> list[str]:
-    """Name the runs.
-
-    Args:
-        runs (list[work_dirs.Run]): The runs.
-
-    Returns:
-        list[str]: The names of their work directories, or whole paths where names repeat.
-    """
+    """Name runs by their work directories, or by whole paths where names repeat."""
     names = [run.work_dir.resolve().name for run in runs]
     return names if len({*names}) == len(names) else [str(run.work_dir) for run in runs]
 
 
 def train_curve(run: work_dirs.Run, key: str) -> tuple[list[int], list[float]]:
-    """A logged training scalar.
-
-    Args:
-        run (work_dirs.Run): The run.
-        key (str): Its key in the log, such as 'loss'.
-
-    Returns:
-        tuple[list[int], list[float]]: Iterations and values.
-    """
+    """Iterations and values of a logged training scalar, such as 'loss'."""
     steps = [step for step in sorted(run.train) if key in run.train[step]]
     return steps, [run.train[step][key] for step in steps]
 
 
 def metric_curve(run: work_dirs.Run, metric: str) -> tuple[list[float], list[float]]:
-    """A validation metric.
-
-    Args:
-        run (work_dirs.Run): The run.
-        metric (str): Its name in ``work_dirs.METRICS``.
-
-    Returns:
-        tuple[list[float], list[float]]: Iterations and values.
-    """
-    found = {step: run.validations[step].metrics.get(metric) for step in sorted(run.validations)}
-    found = {step: value for step, value in found.items() if value is not None}
+    """Iterations and values of a validation metric, a key of ``work_dirs.METRICS``."""
+    found = {e.step: e.metrics[metric] for e in run.evaluations(metric)}
     length = 1 if run.unit == 'iteration' else run.epoch_length
     if length is None and found:
         raise UserError(
@@ -67,12 +43,7 @@ def metric_curve(run: work_dirs.Run, metric: str) -> tuple[list[float], list[flo
 
 
 def draw(runs: list[work_dirs.Run], path: Path) -> None:
-    """Draw a panel for the loss, the learning rate and every metric that a run has.
-
-    Args:
-        runs (list[work_dirs.Run]): The runs.
-        path (Path): The picture to write.
-    """
+    """Draw a panel for the loss, the learning rate and every metric that a run has."""
     panels = {'training loss': 'loss', 'learning rate': 'lr'}
     curves = {title: [train_curve(run, key) for run in runs] for title, key in panels.items()} | {
         metric: [metric_curve(run, metric) for run in runs] for metric in work_dirs.METRICS

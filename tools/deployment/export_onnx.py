@@ -3,13 +3,15 @@
 
 Both formats start from one program of ``torch.export``. Adaptive pooling is traced in another form
 of the same result, since ONNX cannot take its bins from an open size. The written file is loaded
-again and held against PyTorch, which runs the usual form.
+again and compared with PyTorch, which runs the usual form.
 """
 
 import argparse
 import contextlib
+import importlib
 import inspect
 import json
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +27,7 @@ from torch import Tensor, nn
 
 from mmscalablevit import cli
 from mmscalablevit.checkpoint.reading import load_weights
-from mmscalablevit.errors import config_errors
+from mmscalablevit.errors import UserError, config_errors
 
 # Maps of one row or column may be traced as a case of their own; from 64 pixels on there are none.
 MIN_SIZE, MAX_SIZE = 64, 8192
@@ -36,12 +38,21 @@ MIN_EQUAL_LABELS = 0.999
 SUFFIXES = {'onnx': '.onnx', 'torch-export': '.pt2'}
 
 
-class Backbone(nn.Module):
-    """The feature maps alone: images (B, 3, H, W) to ``stage0`` to ``stage3``."""
+class Wrapper(nn.Module):
+    """A model whose inputs and outputs are plain tensors."""
+
+    output_names: list[str]
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = model.backbone
+        self.model = model
+
+
+class Backbone(Wrapper):
+    """The feature maps alone: images (B, 3, H, W) to ``stage0`` to ``stage3``."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model.backbone)
         self.output_names = [f'stage{i}' for i in self.model.out_indices]
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -49,14 +60,10 @@ class Backbone(nn.Module):
         return tuple(self.model(images))
 
 
-class Segmentor(nn.Module):
+class Segmentor(Wrapper):
     """A segmentor on whole images (B, 3, H, W): logits (B, classes, H, W), labels (B, H, W)."""
 
     output_names = ['logits', 'labels']
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Compute logits and labels at the size of the images."""
@@ -67,12 +74,11 @@ class Segmentor(nn.Module):
         return logits, logits.argmax(1)
 
 
-class Detector(nn.Module):
+class Detector(Wrapper):
     """A single-stage detector up to its head's maps, before decoding and NMS."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
+        super().__init__(model)
         levels = range(len(model.bbox_head.prior_generator.strides))
         self.output_names = [f'{kind}{i}' for kind in ('scores', 'boxes') for i in levels]
 
@@ -82,14 +88,10 @@ class Detector(nn.Module):
         return (*scores, *boxes)
 
 
-class Classifier(nn.Module):
+class Classifier(Wrapper):
     """A classifier: images (B, 3, H, W) to logits (B, classes)."""
 
     output_names = ['logits']
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
 
     def forward(self, images: Tensor) -> tuple[Tensor]:
         """Compute the logits."""
@@ -123,9 +125,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument('--repeat', type=int, default=5, help='timed runs of each, default 5')
     parser.add_argument('--cfg-options', nargs='+', action=cli.DictAction, metavar='KEY=VALUE')
-    args = parser.parse_args()
-    args.work_dir, args.launcher = None, 'none'
-    return args
+    return parser.parse_args()
 
 
 def main() -> None:
@@ -133,7 +133,7 @@ def main() -> None:
     args = parse_args()
     sizes = [parse_size(text) for text in args.check_sizes]
     check_arguments(args)
-    cfg = cli.load_config(args)
+    cfg = cli.read_config(args.config, args.cfg_options)
     # Else every parameter's initialization is logged.
     MMLogger.get_current_instance().setLevel('WARNING')
     model = build_model(cfg, args.checkpoint)
@@ -158,52 +158,35 @@ def main() -> None:
 def check_arguments(args: argparse.Namespace) -> None:
     """Raise where the arguments do not fit each other or what is installed."""
     if Path(args.out).suffix != SUFFIXES[args.format]:
-        raise cli.UserError(f'--out must end in {SUFFIXES[args.format]} for --format {args.format}')
+        raise UserError(f'--out must end in {SUFFIXES[args.format]} for --format {args.format}')
     if args.repeat < 1:
-        raise cli.UserError('--repeat must be at least 1')
+        raise UserError('--repeat must be at least 1')
     if args.opset < MIN_OPSET:
-        raise cli.UserError(f'--opset must be at least {MIN_OPSET}, got {args.opset}')
+        raise UserError(f'--opset must be at least {MIN_OPSET}, got {args.opset}')
     parameters = inspect.signature(torch.export.export).parameters
     if 'prefer_deferred_runtime_asserts_over_guards' not in parameters:
-        raise cli.UserError(
-            f'export needs a later PyTorch than {torch.__version__}; 2.13 is tested'
-        )
-    if args.format == 'onnx':
-        for name in ('onnx', 'onnxscript', 'onnxruntime'):
-            try:
-                __import__(name)
-            except ImportError as error:
-                raise cli.UserError(
-                    f"{name} is missing: pip install 'mmscalablevit[onnx]'"
-                ) from error
+        raise UserError(f'export needs a later PyTorch than {torch.__version__}; 2.13 is tested')
+    for name in ('onnx', 'onnxscript', 'onnxruntime') if args.format == 'onnx' else ():
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise UserError(f"{name} is missing: pip install 'mmscalablevit[onnx]'") from error
 
 
 def parse_size(text: str) -> tuple[int, int, int]:
     """Read ``BxHxW``."""
-    parts = text.split('x')
-    if len(parts) != 3 or not all(part.isdigit() for part in parts) or int(parts[0]) < 1:
-        raise cli.UserError(f'--check-sizes must be BxHxW such as 1x224x224, got {text}')
-    batch, height, width = map(int, parts)
-    if not all(MIN_SIZE <= side <= MAX_SIZE for side in (height, width)):
-        raise cli.UserError(
-            f'--check-sizes: height and width must be {MIN_SIZE} to {MAX_SIZE} pixels, got {text}'
-        )
+    found = re.fullmatch(r'([1-9]\d*)x(\d+)x(\d+)', text)
+    if not found:
+        raise UserError(f'--check-sizes must be BxHxW such as 1x224x224, got {text}')
+    batch, height, width = map(int, found.groups())
+    if not MIN_SIZE <= min(height, width) <= max(height, width) <= MAX_SIZE:
+        allowed = f'{MIN_SIZE} to {MAX_SIZE} pixels'
+        raise UserError(f'--check-sizes: height and width must be {allowed}, got {text}')
     return batch, height, width
 
 
 def build_model(cfg: Config, checkpoint: str | None) -> nn.Module:
-    """Build a config's model for inference, with the weights of a checkpoint or its initial ones.
-
-    Args:
-        cfg (Config): The config.
-        checkpoint (str, optional): Weights of exactly this model.
-
-    Returns:
-        nn.Module: The model in eval mode.
-
-    Raises:
-        CheckpointError: If the checkpoint does not fit.
-    """
+    """Build a config's model in eval mode, with the weights of a checkpoint or its initial ones."""
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     if cfg.get('data_preprocessor'):
         cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
@@ -217,21 +200,11 @@ def build_model(cfg: Config, checkpoint: str | None) -> nn.Module:
 
 
 def wrap(model: nn.Module) -> nn.Module:
-    """Give a model plain tensors in and out, or say why it cannot be exported.
-
-    Args:
-        model (nn.Module): Segmentor, single-stage detector or classifier.
-
-    Returns:
-        nn.Module: The module to export; ``output_names`` are set.
-
-    Raises:
-        UserError: If the model needs operators that ONNX does not have.
-    """
+    """Give a model plain tensors in and out, or say which of its operators ONNX lacks."""
     name = type(model).__name__
     ops = {type(m).__name__ for m in model.modules() if type(m).__module__.startswith('mmcv.ops')}
     if ops:
-        raise cli.UserError(
+        raise UserError(
             f'{name} cannot be exported: it needs {", ".join(sorted(ops))} of mmcv, compiled and '
             'without a counterpart in ONNX (mmdeploy brings its own); '
             '--part backbone exports its backbone'
@@ -241,7 +214,7 @@ def wrap(model: nn.Module) -> nn.Module:
     for base, kind in kinds.items():
         if base in bases:
             return kind(model).eval()
-    raise cli.UserError(
+    raise UserError(
         f'{name} cannot be exported: only {", ".join(kinds)} can; '
         '--part backbone exports its backbone'
     )
@@ -271,21 +244,10 @@ def describe(model: nn.Module, args: argparse.Namespace) -> dict[str, str]:
 
 
 def trace(model: nn.Module) -> torch.export.ExportedProgram:
-    """Trace a model of one image batch with ``torch.export``, all sizes open.
-
-    Args:
-        model (nn.Module): Takes images (B, 3, H, W), in eval mode.
-
-    Returns:
-        torch.export.ExportedProgram: The program, for height and width of ``MIN_SIZE`` to
-        ``MAX_SIZE``.
-    """
+    """Trace a model in eval mode of images (B, 3, H, W) with ``torch.export``, all sizes open."""
     dim = torch.export.Dim
-    sizes = {
-        0: dim('batch', min=1),
-        2: dim('height', min=MIN_SIZE, max=MAX_SIZE),
-        3: dim('width', min=MIN_SIZE, max=MAX_SIZE),
-    }
+    side = dict(min=MIN_SIZE, max=MAX_SIZE)
+    sizes = {0: dim('batch', min=1), 2: dim('height', **side), 3: dim('width', **side)}
     with exportable(), torch.no_grad():
         program = torch.export.export(
             model,
@@ -342,15 +304,7 @@ def save_onnx(
     metadata: dict[str, str],
     out: Path,
 ) -> None:
-    """Write a traced program as one ONNX file, weights included.
-
-    Args:
-        program (torch.export.ExportedProgram): The program.
-        output_names (list[str]): Names of the outputs; the input is ``images``.
-        opset (int): Version of ONNX's operators.
-        metadata (dict[str, str]): Goes into ``metadata_props``.
-        out (Path): The file.
-    """
+    """Write a traced program as one ONNX file, weights and ``metadata_props`` included."""
     onnx_program = torch.onnx.export(
         program,
         dynamo=True,
@@ -384,22 +338,15 @@ def compare(
     sizes: list[tuple[int, int, int]],
     args: argparse.Namespace,
 ) -> None:
-    """Print difference and time at each size; fail where a difference is too large.
+    """Print difference and time of model and exported model at each batch, height and width.
 
-    Args:
-        model (nn.Module): The model in PyTorch.
-        run (Callable[[Tensor], list[Tensor]]): The exported one.
-        sizes (list[tuple[int, int, int]]): Batch, height and width.
-        args (argparse.Namespace): ``repeat`` and ``format``.
-
-    Raises:
-        UserError: If outputs differ by more than ``TOLERANCE``, relative to the larger of 1 and
-            their largest value, or labels at more than 0.1% of the pixels.
+    Fails where outputs differ by more than ``TOLERANCE``, relative to the larger of 1 and their
+    largest value, or labels at more than 0.1% of the pixels.
     """
     exported = 'onnxruntime' if args.format == 'onnx' else 'exported'
     print(f'{torch.get_num_threads()} CPU thread(s), median of {args.repeat} runs in turns')
-    print(f'| B x H x W | largest difference | PyTorch (s) | {exported} (s) | ratio |')
-    print('|---|---|---|---|---|')
+    header = ('B x H x W', 'largest difference', 'PyTorch (s)', f'{exported} (s)', 'ratio')
+    rows = []
     torch.manual_seed(0)
     for batch, height, width in sizes:
         images = torch.randn(batch, 3, height, width)
@@ -411,11 +358,10 @@ def compare(
                 function(images)
                 seconds.append(time.perf_counter() - start)
         eager, other = map(statistics.median, times)
-        print(
-            f'| {batch} x {height} x {width} | {difference:.1e} | {eager:.3f} | {other:.3f} '
-            f'| {eager / other:.2f} |',
-            flush=True,
-        )
+        sides = f'{batch} x {height} x {width}'
+        seconds = f'{eager:.3f}', f'{other:.3f}', f'{eager / other:.2f}'
+        rows.append((sides, f'{difference:.1e}', *seconds))
+    print(cli.markdown_table(header, rows))
 
 
 def largest_difference(wanted: tuple[Tensor, ...], got: list[Tensor]) -> float:
@@ -423,17 +369,17 @@ def largest_difference(wanted: tuple[Tensor, ...], got: list[Tensor]) -> float:
     largest = 0.0
     for i, (a, b) in enumerate(zip(wanted, got, strict=True)):
         if a.shape != b.shape:
-            raise cli.UserError(f'output {i} has shape {tuple(b.shape)}, PyTorch {tuple(a.shape)}')
+            raise UserError(f'output {i} has shape {tuple(b.shape)}, PyTorch {tuple(a.shape)}')
         if not a.is_floating_point():
             equal = (a == b).float().mean().item()
             if equal < MIN_EQUAL_LABELS:
-                raise cli.UserError(f'labels agree with PyTorch at {equal:.2%} of the pixels only')
+                raise UserError(f'labels agree with PyTorch at {equal:.2%} of the pixels only')
             continue
         difference = (a - b).abs().max().item()
         allowed = TOLERANCE * max(1.0, a.abs().max().item())
         # Not `>`: a difference of NaN must fail.
         if not difference <= allowed:
-            raise cli.UserError(f'output {i} differs from PyTorch by {difference:.1e}')
+            raise UserError(f'output {i} differs from PyTorch by {difference:.1e}')
         largest = max(largest, difference)
     return largest
 
