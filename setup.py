@@ -36,6 +36,7 @@ TEST = [
     'safetensors',
     'ruff==0.17.*',
 ]
+WEIGHTS = ['gdown>=6.5']
 TENSORBOARD = ['tensorboard']
 NOTEBOOK = ['nbclient', 'nbformat', 'ipykernel', 'matplotlib']
 DOCS = ['mkdocs>=1.6,<2', 'mkdocs-material>=9.5', 'mkdocstrings[python]>=1']
@@ -90,18 +91,19 @@ setup(
     ],
     python_requires='>=3.10',
     packages=find_packages(include=['mmscalablevit', 'mmscalablevit.*']),
-    install_requires=['torch>=2.4', 'numpy'],
+    install_requires=['torch>=2.4', 'numpy', 'filelock'],
     extras_require={
         'det': DET,
         'seg': SEG,
         'cls': CLS,
         'all': sorted({*DET, *SEG, *CLS}),
         'openmmlab': OPENMMLAB,
+        'weights': WEIGHTS,
         'tensorboard': TENSORBOARD,
         'notebook': NOTEBOOK,
         'docs': DOCS,
         'onnx': ONNX,
-        'test': [*TEST, *TENSORBOARD, *NOTEBOOK, *DOCS, *ONNX],
+        'test': [*TEST, *WEIGHTS, *TENSORBOARD, *NOTEBOOK, *DOCS, *ONNX],
     },
     cmdclass={'build_py': BuildWithMim, 'editable_wheel': EditableWithMim},
     zip_safe=False,

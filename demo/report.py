@@ -19,7 +19,8 @@ from torch import nn
 
 # Imported before any toolbox: it registers the backbone.
 from mmscalablevit import cli
-from mmscalablevit.checkpoint.reading import load_weights, use_safe_loader
+from mmscalablevit.checkpoint.reading import load_weights
+from mmscalablevit.checkpoint.weights import use_safe_loader
 from mmscalablevit.errors import UserError
 from mmscalablevit.work_dirs import Run, find_checkpoint, read_run
 

@@ -21,7 +21,7 @@ from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 
-from .checkpoint.reading import use_safe_loader
+from .checkpoint.weights import use_safe_loader
 from .checks.config import class_faults, config_faults, data_set_faults, hook_faults
 from .checks.pipeline import check_pipelines, data_sets
 from .engine.runner import (

@@ -157,11 +157,12 @@ CONFIGS = {
         'fails in its first iteration: RuntimeError: Given groups=1, weight of size [16, 64, 1, 1]',
     ),
     'pretrained without checkpoint': (
-        "model = dict(backbone=dict(init_cfg=dict(type='Pretrained')))",
+        "model = dict(backbone=dict(init_cfg=dict(_delete_=True, type='Pretrained')))",
         "init_cfg of type 'Pretrained' needs the key 'checkpoint'",
     ),
     'pretrained checkpoint missing': (
-        "model = dict(backbone=dict(init_cfg=dict(type='Pretrained', checkpoint='none.pth')))",
+        'model = dict(backbone=dict(init_cfg=dict(_delete_=True, '
+        "type='Pretrained', checkpoint='none.pth')))",
         'checkpoint none.pth does not exist',
     ),
     'number of classes as text': (

@@ -173,14 +173,14 @@ BAD = {
     'no head': (
         'classifier',
         lambda state: {k: v for k, v in state.items() if not k.startswith('head.')},
-        'is no released classifier .*; try --task backbone',
+        'is no released classifier .* it holds norm, patch_embeds.0',
     ),
     'other head': (
         'classifier',
         lambda state: {**state, 'head.5.bias': torch.ones(1)},
         'is no released classifier',
     ),
-    'dense backbone': ('classifier', lambda state: weights_of(), 'it holds .*norm_list.3; try'),
+    'dense backbone': ('classifier', lambda state: weights_of(), 'it holds .*norm_list.3$'),
 }
 
 

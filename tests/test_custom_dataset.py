@@ -20,6 +20,7 @@ SHORT = [
     *LOADERS,
     'default_hooks.logger.interval=1',
     'default_hooks.checkpoint.save_optimizer=False',
+    'model.backbone.init_cfg=None',
 ]
 SMALL_IMAGES = [
     'train_dataloader.dataset.pipeline.2.scale=(64,64)',

@@ -5,6 +5,6 @@ _base_ = [
     '../_base_/schedules/imagenet_300e.py',
     '../_base_/default_runtime_cls.py',
 ]
-# The released code and checkpoint. The detection and segmentation configs start from weights of
-# 'small-merged': train them with --cfg-options model.backbone.arch=small-merged
+# The released code and checkpoint. The variant that the published tables count:
+# --cfg-options model.backbone.arch=small-merged
 model = dict(backbone=dict(arch='small', drop_path_rate=0.2), head=dict(in_channels=512))

@@ -17,15 +17,12 @@ import re
 import stat
 import tarfile
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from urllib.parse import urlparse
 
 import numpy as np
 import torch
-from mmengine.dist import barrier, is_main_process
 from mmengine.logging import HistoryBuffer, print_log
-from mmengine.runner import CheckpointLoader
-from mmengine.utils import mkdir_or_exist
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, one_line, shorten
@@ -35,6 +32,14 @@ _ATTRIBUTES = {'_metadata'}
 # Attribute of a folder in zip archives, as DOS had it.
 _FOLDER = 0x10
 _PRECISIONS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# What torch.compile, FSDP and gradient checkpointing put into names, at any depth; and what
+# distributed training and moving averages put before them.
+_INSIDE = re.compile(
+    r'(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.'
+)
+_BEFORE = re.compile(r'^(?:(?:module|ema_model)\.)*(backbone\.)?(?:(?:module|ema_model)\.)*')
+# How often a moving average was updated, in torch, mmengine and ema_pytorch.
+_COUNTERS = ('n_averaged', 'steps', 'step', 'initted')
 
 
 def read_checkpoint(filename: str, map_location: str | torch.device | None = None) -> dict:
@@ -65,11 +70,9 @@ def read_checkpoint(filename: str, map_location: str | torch.device | None = Non
     """
     filename = osp.expanduser(filename)
     check_file(filename)
+    read = _read_safetensors if filename.endswith('.safetensors') else _read_pickled
     try:
-        if filename.endswith('.safetensors'):
-            checkpoint = _read_safetensors(filename, map_location)
-        else:
-            checkpoint = _read_pickled(filename, map_location)
+        checkpoint = read(filename, map_location)
     except CheckpointError:
         raise
     # A damaged file fails anywhere in its reader, with errors of many types.
@@ -101,7 +104,7 @@ def check_file(filename: str) -> None:
     Example:
         >>> check_file('/tmp')
         Traceback (most recent call last):
-        mmscalablevit.checkpoint.errors.CheckpointError: checkpoint /tmp is a directory or ...
+        mmscalablevit.errors.CheckpointError: checkpoint /tmp is a directory or device, not a file
     """
     try:
         # Before it is opened: that would wait for the other end of a pipe.
@@ -122,27 +125,35 @@ def find_weights(
 ) -> dict[str, Tensor]:
     """Find the weights in a checkpoint and check that they are plain tensors with names.
 
+    What ``torch.compile``, distributed training, FSDP and moving averages put into names is
+    removed, counters of the latter are left out, and both are logged.
+
     Args:
         checkpoint (dict): What the file holds.
         filename (str): The file, for the message.
         wrappers (tuple[str, ...]): Keys under which weights are looked for; the first that holds a
-            dict is taken. Defaults to 'state_dict'; if there is none, the whole file is weights.
+            dict is taken, and the log names the others. Defaults to 'state_dict'; if there is
+            none, the whole file is weights.
 
     Returns:
-        dict[str, Tensor]: The weights, the same object as in the checkpoint.
+        dict[str, Tensor]: The weights; the same object as in the checkpoint if no name changes.
 
     Raises:
-        CheckpointError: If there are none, a name is no string, or a value is no dense tensor.
+        CheckpointError: If there are none, a name is no string, two names mean the same weight, or
+            a value is no dense tensor.
 
     Example:
-        >>> list(find_weights(dict(state_dict=dict(bias=torch.ones(1))), 'a.pth'))
+        >>> list(find_weights(dict(state_dict={'module._orig_mod.bias': torch.ones(1)}), 'a.pth'))
         ['bias']
         >>> find_weights(dict(state_dict=[1, 2]), 'a.pth')
         Traceback (most recent call last):
-        mmscalablevit.checkpoint.errors.CheckpointError: checkpoint a.pth holds entries that are ...
+        mmscalablevit.errors.CheckpointError: checkpoint a.pth holds entries that are no tensors ...
     """
-    found = [checkpoint[key] for key in wrappers if isinstance(checkpoint.get(key), dict)]
-    weights = found[0] if found else checkpoint
+    found = [key for key in wrappers if isinstance(checkpoint.get(key), dict)]
+    if found[1:]:
+        others = ' or '.join(map(repr, found[1:]))
+        print_log(f'checkpoint {filename}: took {found[0]!r}, not {others}', logger='current')
+    weights = checkpoint[found[0]] if found else checkpoint
     _check_plain(weights, filename)
     if not weights:
         raise CheckpointError(f'checkpoint {filename} holds no weights')
@@ -162,13 +173,15 @@ def find_weights(
             raise CheckpointError(
                 f'checkpoint {filename} holds {one_line(name)} as a {kind} tensor, not a dense one'
             )
-    return weights
+    return _without_wrappers(weights, filename)
 
 
 def check_values(
     weights: dict[str, Tensor], filename: str, parameters: dict[str, Tensor] | None = None
 ) -> None:
-    """Check that weights are numbers, and of the precision of a model's parameters.
+    """Check that weights are numbers, and of a precision that a model's parameters can hold.
+
+    Lower precision than the model's is exact there, so it is taken, with a line in the log.
 
     Args:
         weights (dict[str, Tensor]): The weights.
@@ -182,8 +195,9 @@ def check_values(
     Example:
         >>> check_values({'bias': torch.tensor([torch.nan])}, 'a.pth')
         Traceback (most recent call last):
-        mmscalablevit.checkpoint.errors.CheckpointError: checkpoint a.pth holds NaN or infinite ...
+        mmscalablevit.errors.CheckpointError: checkpoint a.pth holds NaN or infinite values in bias
     """
+    widened = {}
     for name, tensor in weights.items():
         if parameters is None and tensor.dtype not in _PRECISIONS:
             raise CheckpointError(
@@ -192,73 +206,109 @@ def check_values(
             )
         wanted = (parameters or {}).get(name, tensor).dtype
         if tensor.dtype != wanted:
-            raise CheckpointError(
-                f'checkpoint {filename} holds {one_line(name)} as {tensor.dtype}, but the model '
-                f'has it as {wanted}; cast such weights to {wanted} and save them again'
-            )
+            if not _is_exact(tensor.dtype, wanted):
+                raise CheckpointError(
+                    f'checkpoint {filename} holds {one_line(name)} as {tensor.dtype}, but the '
+                    f'model has it as {wanted}; cast such weights to {wanted} and save them again'
+                )
+            widened[tensor.dtype, wanted] = widened.get((tensor.dtype, wanted), 0) + 1
         if not _is_finite(tensor):
             raise CheckpointError(
                 f'checkpoint {filename} holds NaN or infinite values in {one_line(name)}'
             )
+    for (held, wanted), count in widened.items():
+        print_log(
+            f'checkpoint {filename}: {count} weights of {held} are widened to {wanted}, exactly',
+            logger='current',
+        )
 
 
-def use_safe_loader() -> None:
-    """Make mmengine read every checkpoint of this process without running pickled code.
-
-    mmengine falls back to unrestricted unpickling where a safe read fails, and the list of names
-    it considers safe holds ``getattr``, from which any code can be reached. Local files and
-    downloads are read through ``read_checkpoint``, the other addresses that mmengine knows through
-    its own loaders, which PyTorch is told to restrict. The tools call this; importing the package
-    does not, for other people's scripts to keep the loader they know.
-
-    Example:
-        >>> use_safe_loader()
-    """
-    for prefix, loader in list(CheckpointLoader._schemes.items()):
-        if not hasattr(loader, '__wrapped__'):
-            CheckpointLoader.register_scheme(prefix, _restricted(loader), force=True)
-    CheckpointLoader.register_scheme('', load_from_local, force=True)
-    CheckpointLoader.register_scheme(('http://', 'https://'), load_from_http, force=True)
-
-
-# mmengine's log line shows the name of a loader without its first ten letters.
-def load_from_local(filename: str, map_location: str | torch.device | None = None) -> dict:
-    """Mmengine's loader of local files, with ``read_checkpoint`` behind it."""
-    return read_checkpoint(filename, map_location)
-
-
-def load_from_http(url: str, map_location: str | torch.device | None = None) -> dict:
-    """Mmengine's loader of downloads, with ``read_checkpoint`` behind it."""
-    return read_checkpoint(download(url), map_location)
-
-
-def download(url: str) -> str:
-    """Download a checkpoint, once.
+def load_weights(model: nn.Module, filename: str, config: str) -> dict:
+    """Load a checkpoint that must hold exactly the model's parameters.
 
     Args:
-        url (str): The address. Eight or more hexadecimal digits before the ending of its name,
-            ``NAME-0123abcd.pth``, are those of the file's SHA-256, which is then compared.
+        model (nn.Module): The model.
+        filename (str): The checkpoint, a local file.
+        config (str): The model's config, for the message.
 
     Returns:
-        str: The file in the cache of ``torch.hub``.
+        dict: What the checkpoint holds.
 
     Raises:
-        CheckpointError: If it cannot be downloaded, or has another hash.
+        FileNotFoundError: If there is no such file.
+        CheckpointError: If it cannot be read, does not fit, is of a precision that the model cannot
+            hold, or holds NaN or infinite values; the message names what differs.
 
     Example:
-        >>> download('https://example.com/scalablevit-s.pth')  # doctest: +SKIP
-        '~/.cache/torch/hub/checkpoints/scalablevit-s.pth'
+        >>> model = torch.nn.Linear(2, 1)
+        >>> torch.save(model.state_dict(), '/tmp/linear.pth')
+        >>> load_weights(model, '/tmp/linear.pth', 'my_config.py').keys()
+        odict_keys(['weight', 'bias'])
     """
-    name = osp.basename(urlparse(url).path)
-    path = osp.join(torch.hub.get_dir(), 'checkpoints', name)
-    # Published files carry eight or more digits of their hash; fewer may be a word's end.
-    digits = re.search(r'-([0-9a-f]{8,})\.', name)
-    if is_main_process():
-        _fetch(url, path, digits and digits[1])
-    barrier()
-    # Processes of other machines do not share the main process's disk.
-    _fetch(url, path, digits and digits[1])
-    return path
+    checkpoint = read_checkpoint(filename, map_location='cpu')
+    weights = find_weights(checkpoint, filename)
+    check_values(weights, filename, model.state_dict())
+    try:
+        model.load_state_dict(weights)
+    # The file holds versions of the layers, too, on which their code relies.
+    except Exception as error:
+        raise misfit(filename, config, error) from error
+    return checkpoint
+
+
+def misfit(filename: str, config: str, error: Exception) -> CheckpointError:
+    """Return the error for a checkpoint on which ``load_state_dict`` failed.
+
+    Args:
+        filename (str): The checkpoint.
+        config (str): The model's config.
+        error (Exception): What was raised.
+
+    Returns:
+        CheckpointError: One sentence with the first three differences.
+
+    Example:
+        >>> misfit('a.pth', 'my_config.py', RuntimeError('Missing key(s): "bias"'))
+        CheckpointError('checkpoint a.pth does not fit the model of my_config.py: Missing key ...
+    """
+    # The first line only says that model and checkpoint differ.
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    lines = lines[1:] or lines
+    found = '; '.join(one_line(line, 120) for line in lines[:3])
+    return CheckpointError(
+        f'checkpoint {filename} does not fit the model of {config}: {found} '
+        '(weights of the backbone alone belong to model.backbone.init_cfg)'
+    )
+
+
+def _without_wrappers(weights: dict[str, Tensor], filename: str) -> dict[str, Tensor]:
+    def plain(name: str) -> str:
+        return _BEFORE.sub(r'\1', _INSIDE.sub('', name))
+
+    names = {name: plain(name) for name in weights}
+    counters = [
+        name for name, new in names.items() if new in _COUNTERS and weights[name].numel() == 1
+    ]
+    changed = [name for name, new in names.items() if name != new]
+    if not changed and not counters:
+        return weights
+    left = OrderedDict((names[k], v) for k, v in weights.items() if k not in counters)
+    if len(left) < len(names) - len(counters):
+        raise CheckpointError(f'checkpoint {filename} holds some weights under two names')
+    # Versions of the layers, by their names.
+    metadata = getattr(weights, '_metadata', None)
+    if isinstance(metadata, dict):
+        left._metadata = OrderedDict((plain(f'{k}.')[:-1], v) for k, v in metadata.items())
+    notes = [f'{shorten(counters)} left out'] if counters else []
+    if changed:
+        notes.append(f'{one_line(changed[0])} is read as {one_line(names[changed[0]])}')
+    print_log(f'checkpoint {filename}: {"; ".join(notes)}', logger='current')
+    return left
+
+
+def _is_exact(held: torch.dtype, wanted: torch.dtype) -> bool:
+    known = held in _PRECISIONS and wanted in _PRECISIONS
+    return known and torch.promote_types(held, wanted) == wanted
 
 
 def _read_pickled(filename: str, map_location: str | torch.device | None) -> object:
@@ -300,38 +350,6 @@ def _read_safetensors(filename: str, map_location: str | torch.device | None) ->
             f'checkpoint {filename} needs the package safetensors: pip install safetensors'
         ) from error
     return load_file(filename, device=str(map_location or 'cpu'))
-
-
-def _restricted(loader: Callable) -> Callable:
-    """A loader of mmengine in which PyTorch never unpickles more than weights."""
-
-    @functools.wraps(loader)
-    def load(filename: str, map_location: str | torch.device | None = None) -> dict:
-        variable = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD'
-        before = os.environ.get(variable)
-        os.environ[variable] = '1'
-        try:
-            with _mmengine_globals():
-                return loader(filename, map_location)
-        except pickle.UnpicklingError as error:
-            raise CheckpointError(f'checkpoint {filename} {_reason(error)}') from error
-        finally:
-            os.environ.pop(variable)
-            os.environ.update({} if before is None else {variable: before})
-
-    return load
-
-
-def _fetch(url: str, path: str, hash_prefix: str | None) -> None:
-    if osp.exists(path):
-        return
-    mkdir_or_exist(osp.dirname(path))
-    print_log(f'Downloading {url} to {path}', logger='current')
-    try:
-        torch.hub.download_url_to_file(url, path, hash_prefix, progress=False)
-    # A wrong hash is a RuntimeError, a network failure an OSError.
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(f'checkpoint {url} cannot be downloaded ({error})') from error
 
 
 def _check_plain(content: dict, filename: str) -> None:
@@ -424,47 +442,3 @@ def _statistics_method(owner: type, name: str) -> Callable:
     if owner is not HistoryBuffer or name.startswith('_'):
         raise pickle.UnpicklingError(f'GLOBAL builtins.getattr of {name!r} is not allowed')
     return getattr(owner, name)
-
-
-def load_weights(model: nn.Module, filename: str, config: str) -> dict:
-    """Load a checkpoint that must hold exactly the model's parameters.
-
-    Args:
-        model (nn.Module): The model.
-        filename (str): The checkpoint, a local file.
-        config (str): The model's config, for the message.
-
-    Returns:
-        dict: What the checkpoint holds.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        CheckpointError: If it cannot be read, does not fit, is of another precision, or holds NaN
-            or infinite values; the message names what differs.
-
-    Example:
-        >>> model = torch.nn.Linear(2, 1)
-        >>> torch.save(model.state_dict(), '/tmp/linear.pth')
-        >>> load_weights(model, '/tmp/linear.pth', 'my_config.py').keys()
-        odict_keys(['weight', 'bias'])
-    """
-    checkpoint = read_checkpoint(filename, map_location='cpu')
-    weights = find_weights(checkpoint, filename)
-    check_values(weights, filename, model.state_dict())
-    try:
-        model.load_state_dict(weights)
-    # The file holds versions of the layers, too, on which their code relies.
-    except Exception as error:
-        raise _misfit(filename, config, error) from error
-    return checkpoint
-
-
-def _misfit(filename: str, config: str, error: Exception) -> CheckpointError:
-    # The first line only says that model and checkpoint differ.
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    lines = lines[1:] or lines
-    found = '; '.join(one_line(line, 120) for line in lines[:3])
-    return CheckpointError(
-        f'checkpoint {filename} does not fit the model of {config}: {found} '
-        '(weights of the backbone alone belong to model.backbone.init_cfg)'
-    )

@@ -8,27 +8,34 @@ Three layouts are recognized from their names:
 - the authors' earlier detection code: ``blocks.i.j``, ``attn.lepe_func`` and ``norm_list``;
 - a model of an OpenMMLab toolbox, whose backbone is under ``backbone.``, in either naming.
 
-The weights may be bare or wrapped in ``state_dict``, ``model`` or ``model_ema``.
+The weights may be bare or wrapped in ``state_dict``, ``model`` or what averages are kept under.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable
-from urllib.parse import urlparse
-from urllib.request import url2pathname
 
 import torch
-from mmengine.fileio import get_local_path
 from mmengine.logging import print_log
+from mmengine.registry import MODELS
+from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, one_line, shorten
-from .reading import check_values, download, find_weights, read_checkpoint
+from .reading import check_values, find_weights, read_checkpoint
+from .weights import fetch_released, load_from_address
 
 # In this order: a training state may hold several.
-_WRAPPERS = ('state_dict', 'model', 'model_ema')
+_WRAPPERS = ('state_dict', 'model', 'model_ema', 'state_dict_ema', 'ema_state_dict', 'ema')
 _NUM_STAGES = 4
+_SCHEME = 'scalablevit://'
+# The 4096-wide head of the released models, and the plain one.
+_HEADS = (
+    {f'head.{layer}.{kind}' for layer in (0, 1, 3) for kind in ('weight', 'bias')},
+    {'head.weight', 'head.bias'},
+)
 _PER_STAGE = ('patch_embeds', 'pos_block', 'stages', 'norm_list')
 # Far more than images have; the number in a foreign file can be anything.
 _MAX_CHANNELS = 4096
@@ -88,6 +95,9 @@ def load_backbone_checkpoint(
     check_values(state, checkpoint, parameters)
     model.load_state_dict(state, strict=True)
     loaded = f'Loaded {checkpoint} into {type(model).__name__}'
+    arch = [name for name, arch in model.arch_zoo.items() if arch == model.arch_settings]
+    if arch:
+        loaded += f' of arch {arch[-1]!r}'
     print_log('; '.join([loaded, *notes]), logger='current')
 
 
@@ -99,8 +109,8 @@ def read_weights(checkpoint: str, map_location: str = 'cpu') -> dict[str, Tensor
         map_location (str): Device to read to. Defaults to 'cpu'.
 
     Returns:
-        dict[str, Tensor]: The tensors in the file's order. ``module.``, which distributed training
-        puts before all names, is cut off.
+        dict[str, Tensor]: The tensors in the file's order, without what wrappers of a model put
+        into their names.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -112,11 +122,42 @@ def read_weights(checkpoint: str, map_location: str = 'cpu') -> dict[str, Tensor
         >>> read_weights('/tmp/weights.pth')
         {'weight': tensor([1.])}
     """
-    content = _read(str(checkpoint), map_location)
-    weights = find_weights(content, checkpoint, _WRAPPERS)
-    cut = len('module.') if all(name.startswith('module.') for name in weights) else 0
+    address = str(checkpoint)
+    if address.startswith(_SCHEME):
+        content = read_checkpoint(fetch_released(address), map_location)
+    else:
+        content = load_from_address(address, map_location)
+    weights = find_weights(content, address, _WRAPPERS)
     # Detached from attributes, which a pickle can set and which would hide methods.
-    return {name[cut:]: torch.detach(tensor) for name, tensor in weights.items()}
+    return {name: torch.detach(tensor) for name, tensor in weights.items()}
+
+
+@CheckpointLoader.register_scheme(prefixes='scalablevit://', force=True)
+def load_from_scalablevit(
+    address: str, map_location: str | torch.device | None = None
+) -> dict[str, dict]:
+    """Mmengine's loader of released weights by name: those of an mmpretrain classifier.
+
+    Args:
+        address (str): See :func:`fetch_released`.
+        map_location (str | torch.device | None): Device of the tensors. Defaults to None, the CPU.
+
+    Returns:
+        dict: Weights under ``state_dict``, and the arch under ``meta``. With ``init_cfg`` the
+        backbone reads the address itself, strictly.
+
+    Raises:
+        CheckpointError: If the file cannot be had, or is no released classifier.
+
+    Example:
+        >>> CheckpointLoader.load_checkpoint('scalablevit://small')  # doctest: +SKIP
+    """
+    weights = read_weights(address, map_location or 'cpu')
+    state, arch = as_classifier(MODELS.get('ScalableViT'), weights, address)
+    print_log(f'{address} holds a classifier of arch {arch!r}', logger='current')
+    if arch != address[len(_SCHEME) :].split('?')[0]:
+        print_log(f'{address}: {_use_arch(arch)}', logger='current', level=logging.WARNING)
+    return dict(meta=dict(arch=arch), state_dict=state)
 
 
 def split_backbone(
@@ -267,6 +308,48 @@ def recognize(model_type: type[nn.Module], weights: dict[str, Tensor], checkpoin
     return arch
 
 
+def as_classifier(
+    model_type: type[nn.Module], weights: dict[str, Tensor], checkpoint: str
+) -> tuple[dict[str, Tensor], str]:
+    """Rename the weights of a released classifier to those of an mmpretrain classifier.
+
+    Args:
+        model_type (type[nn.Module]): ``ScalableViT``.
+        weights (dict[str, Tensor]): All weights of the file, in the authors' naming.
+        checkpoint (str): The file, for messages.
+
+    Returns:
+        tuple[dict, str]: The weights under ``backbone.`` and ``head.fc.``, and the arch.
+
+    Raises:
+        CheckpointError: If the file is not a whole classifier.
+
+    Example:
+        >>> from mmscalablevit import ScalableViT
+        >>> model = ScalableViT('small', stage_norm=None, final_norm=True)
+        >>> head = {'head.weight': torch.ones(5, 512), 'head.bias': torch.ones(5)}
+        >>> state, arch = as_classifier(ScalableViT, {**model.state_dict(), **head}, 'small.pth')
+        >>> arch, list(state)[-1]
+        ('small', 'head.fc.bias')
+    """
+    inside, outside = split_backbone(weights, checkpoint)
+    head = {name: tensor for name, tensor in inside.items() if name.startswith('head.')}
+    backbone = {name: tensor for name, tensor in inside.items() if name not in head}
+    arch = recognize(model_type, backbone, checkpoint)
+    parts = {name.split('.')[0] for name in backbone}
+    if outside or head.keys() not in _HEADS or 'norm' not in parts or 'norm_list' in parts:
+        raise CheckpointError(
+            f'checkpoint {checkpoint} is no released classifier (norm and head, no norm_list, '
+            f'nothing else), it holds {", ".join(module_names([*inside, *outside]))}'
+        )
+    check_values(head, checkpoint)
+    state = {
+        name.replace('head.', 'head.fc.', 1) if name in head else f'backbone.{name}': tensor
+        for name, tensor in inside.items()
+    }
+    return state, arch
+
+
 def check_fit(model: nn.Module, state: dict[str, Tensor], checkpoint: str) -> None:
     """Check that weights have exactly the names and shapes of a model's parameters.
 
@@ -319,27 +402,6 @@ def module_names(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys('.'.join(p[: 2 if p[0] in _PER_STAGE else 1]) for p in parts))
 
 
-def _read(checkpoint: str, map_location: str) -> dict:
-    scheme = urlparse(checkpoint).scheme if '://' in checkpoint else ''
-    if scheme == 'file':
-        checkpoint = url2pathname(urlparse(checkpoint).path)
-    elif scheme in ('http', 'https'):
-        checkpoint = download(checkpoint)
-    elif scheme:
-        return _read_remote(checkpoint, map_location)
-    return read_checkpoint(checkpoint, map_location)
-
-
-def _read_remote(checkpoint: str, map_location: str) -> dict:
-    try:
-        with get_local_path(checkpoint) as path:
-            return read_checkpoint(str(path), map_location)
-    except (KeyError, ImportError) as error:
-        raise CheckpointError(
-            f'checkpoint {checkpoint}: no file backend of mmengine reads such an address ({error})'
-        ) from error
-
-
 def _in_channels(weights: dict[str, Tensor]) -> int:
     stem = weights.get('patch_embeds.0.proj.weight')
     known = stem is not None and stem.dim() == 4 and 0 < stem.shape[1] <= _MAX_CHANNELS
@@ -361,10 +423,14 @@ def _is_known_surplus(model: nn.Module, name: str) -> bool:
     return len(model.stages) <= int(index)
 
 
+def _use_arch(arch: str) -> str:
+    return f'it holds arch={arch!r}, use --cfg-options model.backbone.arch={arch}'
+
+
 def _hints(model: nn.Module, state: dict[str, Tensor], unexpected: list[str]) -> list[str]:
     arch, exact = nearest_arch(type(model), state)
     if exact and model.arch_zoo[arch] != model.arch_settings:
-        return [f'it holds arch={arch!r}, use that arch']
+        return [_use_arch(arch)]
     if exact and state['patch_embeds.0.proj.weight'].shape[1] != model.in_channels:
         return [f'use in_channels={state["patch_embeds.0.proj.weight"].shape[1]}']
     if unexpected and all(name.startswith('norm_list.') for name in unexpected):

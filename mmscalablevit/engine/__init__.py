@@ -1,5 +1,6 @@
 # Copyright (c) mmscalablevit contributors. All rights reserved.
-from ..checkpoint.reading import read_checkpoint, use_safe_loader
+from ..checkpoint.reading import read_checkpoint
+from ..checkpoint.weights import use_safe_loader
 from ..errors import CheckpointError
 from .amp import CPUAmpOptimWrapper
 from .checkpoint_hook import AtomicCheckpointHook

@@ -23,7 +23,7 @@ from mmengine.runner import BaseLoop, Runner
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ..checkpoint.reading import _misfit, check_values, find_weights
+from ..checkpoint.reading import check_values, find_weights, misfit
 from ..errors import CheckpointError, UserError, config_errors, one_line
 from .hosts import connect_cpus, watch_hosts
 
@@ -117,7 +117,7 @@ def _load_strictly(runner: Runner) -> None:
         except (CheckpointError, OSError):
             raise
         except Exception as error:
-            raise _misfit(filename, runner.cfg.filename, error) from error
+            raise misfit(filename, runner.cfg.filename, error) from error
 
     def resume_strictly(filename: str, *args, **kwargs) -> None:
         try:

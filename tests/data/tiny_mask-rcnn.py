@@ -12,6 +12,7 @@ def at_64_pixels(pipeline):
 
 model = dict(
     backbone=dict(
+        init_cfg=None,
         arch=dict(
             _delete_=True,
             embed_dims=embed_dims,

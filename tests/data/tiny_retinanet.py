@@ -5,6 +5,7 @@ data_root = '{{$SHAPES_ROOT:data/shapes}}/'
 embed_dims = [16, 16, 32, 32]
 model = dict(
     backbone=dict(
+        init_cfg=None,
         arch=dict(
             _delete_=True,
             embed_dims=embed_dims,

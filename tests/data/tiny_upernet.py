@@ -25,6 +25,7 @@ def at_64_pixels(pipeline):
 model = dict(
     data_preprocessor=dict(size=(64, 64)),
     backbone=dict(
+        init_cfg=None,
         arch=dict(
             _delete_=True,
             embed_dims=embed_dims,

@@ -190,6 +190,8 @@ def build_model(cfg: Config, checkpoint: str | None) -> nn.Module:
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     if cfg.get('data_preprocessor'):
         cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
+    if checkpoint is None and cfg.model.get('backbone'):
+        cfg.model.backbone.init_cfg = None
     with config_errors(cfg):
         model = revert_sync_batchnorm(MODELS.build(cfg.model))
     if checkpoint is None:

@@ -7,19 +7,12 @@ from pathlib import Path
 import torch
 
 from mmscalablevit import ScalableViT, cli
-from mmscalablevit.checkpoint.reading import check_values
 from mmscalablevit.checkpoint.released import (
+    as_classifier,
     module_names,
     read_weights,
     recognize,
     split_backbone,
-)
-from mmscalablevit.errors import CheckpointError
-
-# The 4096-wide head of the released models, and the plain one.
-HEADS = (
-    {f'head.{layer}.{kind}' for layer in (0, 1, 3) for kind in ('weight', 'bias')},
-    {'head.weight', 'head.bias'},
 )
 
 
@@ -31,7 +24,7 @@ def parse_args() -> argparse.Namespace:
         epilog='example: python tools/model_converters/scalablevit_to_mm.py checkpoint_best.pth '
         'scalablevit-s.pth --task backbone',
     )
-    parser.add_argument('src', help="checkpoint of the authors' code")
+    parser.add_argument('src', help="checkpoint of the authors' code, or scalablevit://SIZE")
     parser.add_argument('dst', help='where the converted checkpoint is written')
     parser.add_argument(
         '--task',
@@ -56,25 +49,15 @@ def convert(src: str, task: str) -> tuple[dict, list[str]]:
     Raises:
         CheckpointError: If the file is not a whole backbone or classifier.
     """
-    inside, outside = split_backbone(read_weights(src), src)
+    weights = read_weights(src)
+    if task == 'classifier':
+        state, arch = as_classifier(ScalableViT, weights, src)
+        return dict(meta=dict(arch=arch), state_dict=state), []
+    inside, outside = split_backbone(weights, src)
     head = [name for name in inside if name.startswith('head.')]
     backbone = {name: tensor for name, tensor in inside.items() if name not in head}
     arch = recognize(ScalableViT, backbone, src)
-    if task == 'backbone':
-        return dict(meta=dict(arch=arch), state_dict=backbone), module_names([*head, *outside])
-
-    parts = {name.split('.')[0] for name in backbone}
-    if outside or set(head) not in HEADS or 'norm' not in parts or 'norm_list' in parts:
-        raise CheckpointError(
-            f'checkpoint {src} is no released classifier (norm and head, no norm_list, nothing '
-            f'else), it holds {", ".join(module_names([*inside, *outside]))}; try --task backbone'
-        )
-    check_values({name: inside[name] for name in head}, src)
-    state = {
-        name.replace('head.', 'head.fc.', 1) if name in head else f'backbone.{name}': tensor
-        for name, tensor in inside.items()
-    }
-    return dict(meta=dict(arch=arch), state_dict=state), []
+    return dict(meta=dict(arch=arch), state_dict=backbone), module_names([*head, *outside])
 
 
 def main() -> None:

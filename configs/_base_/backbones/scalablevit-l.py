@@ -2,4 +2,10 @@
 embed_dims = [128, 256, 512, 1024]
 # The drop path is inferred: for dense prediction only that of S, 0.2, is known, and recipes of the
 # kind raise it with the size.
-backbone = dict(type='ScalableViT', arch='large', drop_path_rate=0.3)
+backbone = dict(
+    type='ScalableViT',
+    arch='large',
+    drop_path_rate=0.3,
+    # From scratch: --cfg-options model.backbone.init_cfg=None
+    init_cfg=dict(type='Pretrained', checkpoint='scalablevit://large'),
+)

@@ -1,0 +1,279 @@
+# Copyright (c) mmscalablevit contributors. All rights reserved.
+"""Where checkpoints come from: paths and addresses, and the released weights by name.
+
+``scalablevit://small``, ``scalablevit://base`` and ``scalablevit://large`` are the ImageNet-1K
+weights of the authors, which their README links on Google Drive. ``scalablevit://small?sha256=HEX``
+takes a file of that hash alone.
+"""
+
+import contextlib
+import hashlib
+import os
+import os.path as osp
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import parse_qs, urlparse
+from urllib.request import url2pathname
+
+import torch
+from filelock import FileLock
+from mmengine.fileio import get_local_path
+from mmengine.logging import print_log
+from mmengine.runner import CheckpointLoader
+from mmengine.runner.checkpoint import get_external_models, get_torchvision_models
+
+from ..errors import CheckpointError, one_line
+from .reading import find_weights, read_checkpoint
+
+
+class Released(NamedTuple):
+    """A released file: its Drive id, that of its training log, and the published top-1 in %."""
+
+    weights: str
+    log: str
+    top1: float
+
+    @property
+    def link(self) -> str:
+        """The page to open in a browser."""
+        return f'https://drive.google.com/file/d/{self.weights}/view'
+
+
+# Of image_classification/README.md in the authors' repository.
+RELEASED = {
+    'small': Released(
+        '1gCWsATBJmW3xwJaoCcxGO1Wbg51cPtzk', '1QcvWak1fKplbxF7FuwugUaBaCLOxMNVb', 83.1
+    ),
+    'base': Released(
+        '16MVmK4BGQpRH3Wz2VCOVzhTh2PFUFozH', '1MBInNLsxJhJKkZUatDwEh6o32exmM0Sq', 84.1
+    ),
+    'large': Released(
+        '17LLK5PSssMpepxeAt6-uKSd4aaV99u5X', '1lDYQPm2FAGvzYcneJaR_x-UZ6kd3Tho_', 84.4
+    ),
+}
+# Seconds without a byte, and further attempts.
+_TIMEOUT = 60
+_RETRIES = 2
+_ZOOS = {
+    'torchvision': get_torchvision_models,
+    'modelzoo': get_torchvision_models,
+    'open-mmlab': get_external_models,
+    'openmmlab': get_external_models,
+}
+# All that mmengine registers.
+_PREFIXES = (
+    '',
+    'http://',
+    'https://',
+    *(f'{zoo}://' for zoo in _ZOOS),
+    'mmcls://',
+    'pavi://',
+    r'(\S+\:)?s3://',
+    r'(\S+\:)?petrel://',
+)
+
+
+def use_safe_loader() -> None:
+    """Make mmengine read every checkpoint of this process without running pickled code.
+
+    mmengine falls back to unrestricted unpickling where a safe read fails, and the list of names
+    it considers safe holds ``getattr``. All prefixes that it registers itself are read by
+    :func:`load_from_address`; a loader that somebody else registered stays as it is. The tools call
+    this; importing the package does not, for other people's scripts to keep the loader they know.
+
+    Example:
+        >>> use_safe_loader()
+    """
+    CheckpointLoader.register_scheme(_PREFIXES, load_from_address, force=True)
+
+
+# mmengine's log line shows the name of a loader without its first ten letters.
+def load_from_address(address: str, map_location: str | torch.device | None = None) -> dict:
+    """Read a checkpoint from a path or an address with :func:`read_checkpoint`.
+
+    Args:
+        address (str): A path, ``file://``, ``http(s)://``, ``torchvision://``,
+            ``open-mmlab://``, or what a file backend of mmengine reads.
+        map_location (str | torch.device | None): Device of the tensors. Defaults to None, the
+            device they were saved from.
+
+    Returns:
+        dict: What the file holds; weights under ``state_dict`` without the names of wrappers.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        CheckpointError: If the address is unknown, or see :func:`read_checkpoint`.
+
+    Example:
+        >>> torch.save(dict(state_dict=dict(weight=torch.zeros(2))), '/tmp/checkpoint.pth')
+        >>> load_from_address('file:///tmp/checkpoint.pth').keys()
+        dict_keys(['state_dict'])
+    """
+    scheme, _, name = address.rpartition('://')
+    if scheme in _ZOOS:
+        urls = _ZOOS[scheme]()
+        if name not in urls:
+            raise CheckpointError(f'checkpoint {address}: mmengine knows no such model')
+        address = urls[name]
+        scheme = urlparse(address).scheme
+    if scheme == 'file':
+        address = url2pathname(urlparse(address).path)
+    if scheme in ('http', 'https'):
+        checkpoint = read_checkpoint(download(address), map_location)
+    elif scheme in ('', 'file'):
+        checkpoint = read_checkpoint(address, map_location)
+    else:
+        checkpoint = _read_remote(address, map_location)
+    if isinstance(checkpoint.get('state_dict'), dict):
+        checkpoint['state_dict'] = find_weights(checkpoint, address)
+    return checkpoint
+
+
+def download(url: str) -> str:
+    """Download a checkpoint, once for all processes of this machine.
+
+    Args:
+        url (str): The address. Eight or more hexadecimal digits before the ending of its name,
+            ``NAME-0123abcd.pth``, are those of the file's SHA-256, which is then compared.
+
+    Returns:
+        str: The file in the cache of ``torch.hub``.
+
+    Raises:
+        CheckpointError: If it cannot be downloaded, or has another hash.
+
+    Example:
+        >>> download('https://example.com/scalablevit-s.pth')  # doctest: +SKIP
+        '~/.cache/torch/hub/checkpoints/scalablevit-s.pth'
+    """
+    name = osp.basename(urlparse(url).path)
+    # Published files carry eight or more digits of their hash; fewer may be a word's end.
+    digits = re.search(r'-([0-9a-f]{8,})\.', name)
+    with _cached(name) as (path, found):
+        if not found:
+            print_log(f'Downloading {url} to {path}', logger='current')
+            try:
+                torch.hub.download_url_to_file(url, path, digits and digits[1], progress=False)
+            # A wrong hash is a RuntimeError, a network failure an OSError.
+            except (OSError, RuntimeError) as error:
+                raise CheckpointError(f'checkpoint {url} cannot be downloaded ({error})') from error
+    return path
+
+
+@contextlib.contextmanager
+def _cached(name: str) -> Iterator[tuple[str, bool]]:
+    """A file of torch hub's cache, and whether it is there; if not, it is this process's alone."""
+    path = osp.join(torch.hub.get_dir(), 'checkpoints', name)
+    if osp.isfile(path):
+        yield path, True
+        return
+    os.makedirs(osp.dirname(path), exist_ok=True)
+    with FileLock(f'{path}.lock'):
+        yield path, osp.isfile(path)
+
+
+def fetch_released(address: str) -> str:
+    """Download released weights, once, through gdown.
+
+    Args:
+        address (str): ``scalablevit://SIZE`` or ``scalablevit://SIZE?sha256=HEX``, where SIZE is
+            'small', 'base' or 'large', and HEX eight or more digits of the file's SHA-256.
+
+    Returns:
+        str: The file in the cache of ``torch.hub``; it is a checkpoint and whole.
+
+    Raises:
+        CheckpointError: If the address is none of these, the file cannot be downloaded, is no
+            checkpoint, or has another hash. The message says where the file can be had, and where
+            to put it.
+
+    Example:
+        >>> fetch_released('scalablevit://small')  # doctest: +SKIP
+        '~/.cache/torch/hub/checkpoints/scalablevit-small_in1k.pth'
+    """
+    size, pinned = _parse(address)
+    with _cached(cache_name(size)) as (path, found):
+        if not found:
+            _download_released(size, path)
+    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    if not digest.startswith(pinned):
+        raise CheckpointError(
+            f'checkpoint {address}: the SHA-256 of {path} is {digest}; remove the file to download '
+            'it again, or the hash from the address'
+        )
+    print_log(f'{address} is {path}, SHA-256 {digest}', logger='current')
+    return path
+
+
+def cache_name(size: str) -> str:
+    """Name of a size's released file in torch hub's cache.
+
+    Example:
+        >>> cache_name('small')
+        'scalablevit-small_in1k.pth'
+    """
+    return f'scalablevit-{size}_in1k.pth'
+
+
+def _parse(address: str) -> tuple[str, str]:
+    parts = urlparse(address)
+    query = parse_qs(parts.query, keep_blank_values=True)
+    pinned = query.pop('sha256', [''])[0].lower()
+    size = parts.netloc + parts.path
+    if size not in RELEASED or query or not re.fullmatch('|[0-9a-f]{8,64}', pinned):
+        raise CheckpointError(
+            f'checkpoint {address}: released weights are '
+            f'{", ".join(f"scalablevit://{name}" for name in RELEASED)}, with ?sha256=HEX of 8 to '
+            '64 digits to take that file alone'
+        )
+    return size, pinned
+
+
+def _download_released(size: str, path: str) -> None:
+    """Put a released file in its place, or nothing."""
+    released = RELEASED[size]
+    by_hand = f'open {released.link} in a browser and save the file as {path}'
+    try:
+        import gdown
+        import requests
+    except ImportError as error:
+        raise CheckpointError(
+            f'checkpoint scalablevit://{size} needs the package gdown (pip install gdown), or '
+            f'{by_hand}'
+        ) from error
+    with tempfile.TemporaryDirectory(dir=osp.dirname(path), prefix='scalablevit-') as folder:
+        part = osp.join(folder, 'download.pth')
+        try:
+            gdown.download(
+                id=released.weights,
+                output=part,
+                use_cookies=False,
+                timeout=_TIMEOUT,
+                retries=_RETRIES,
+            )
+            read_checkpoint(part, map_location='cpu')
+        except (
+            CheckpointError,
+            gdown.exceptions.DownloadError,
+            requests.RequestException,
+        ) as error:
+            reason = one_line(str(error).replace(part, 'that was downloaded'), 200)
+            raise CheckpointError(
+                f'checkpoint scalablevit://{size} cannot be had ({reason}); {by_hand}'
+            ) from error
+        # gdown's is for its owner alone.
+        os.chmod(part, 0o644)
+        os.replace(part, path)
+
+
+def _read_remote(address: str, map_location: str | torch.device | None) -> dict:
+    try:
+        with get_local_path(address) as path:
+            return read_checkpoint(str(path), map_location)
+    except (KeyError, ImportError) as error:
+        raise CheckpointError(
+            f'checkpoint {address}: no file backend of mmengine reads such an address ({error})'
+        ) from error

@@ -1,0 +1,305 @@
+# Copyright (c) mmscalablevit contributors. All rights reserved.
+"""Released weights by name, from a local server that plays Google Drive behind a proxy."""
+
+import hashlib
+import http.server
+import importlib.util
+import io
+import os
+import shutil
+import ssl
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from urllib.parse import parse_qs, urlparse
+
+import pytest
+import torch
+from golden import read_json, reference_state
+from jobs import draw_shapes, job_environment
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+from mmengine.runner import CheckpointLoader
+
+from mmscalablevit import ScalableViT, cli
+from mmscalablevit.checkpoint import weights
+from mmscalablevit.checkpoint.weights import RELEASED, fetch_released
+from mmscalablevit.errors import CheckpointError
+
+pytest.importorskip('gdown')
+pytestmark = pytest.mark.skipif(not shutil.which('openssl'), reason='needs openssl')
+
+ROOT = Path(__file__).parents[1]
+HOSTS = ('drive.google.com', 'docs.google.com', 'drive.usercontent.google.com')
+# gdown looks for the whole form in one line, as Drive writes it.
+CONFIRM = (
+    '<html><body><p class="uc-warning-caption">Too large to scan for viruses.</p>'
+    f'<form id="download-form" action="https://{HOSTS[2]}/download" method="get">'
+    '<input type="hidden" name="id" value="{id}">'
+    '<input type="hidden" name="confirm" value="t"></form></body></html>'
+)
+QUOTA = """<html><body><p class="uc-error-caption">Quota exceeded</p>
+<p class="uc-error-subcaption">Too many users have viewed or downloaded this file recently.</p>
+</body></html>"""
+
+
+class Drive(http.server.BaseHTTPRequestHandler):
+    """A proxy that answers for Drive's hosts itself; ``server.behavior`` says how."""
+
+    def log_message(self, *args):
+        pass
+
+    def do_CONNECT(self):
+        assert self.path.split(':')[0] in HOSTS, self.path
+        self.send_response(200)
+        self.end_headers()
+        self.connection = self.server.tls.wrap_socket(self.connection, server_side=True)
+        self.rfile, self.wfile = self.connection.makefile('rb'), self.connection.makefile('wb')
+        self.handle_one_request()
+        self.wfile.flush()
+        self.close_connection = True
+
+    def do_GET(self):
+        query = parse_qs(urlparse(self.path).query)
+        self.server.requests.append(self.path)
+        behavior, content = self.server.behavior, self.server.files[query['id'][0]]
+        if behavior == 'redirect' and 'redirected' not in query:
+            self.send_response(303)
+            self.send_header('Location', f'https://{HOSTS[2]}{self.path}&redirected=1')
+            self.send_header('Content-Length', '0')
+            self.end_headers()
+        elif behavior == 'confirmation' and 'confirm' not in query:
+            self.answer(CONFIRM.format(id=query['id'][0]).encode(), page=True)
+        elif behavior == 'quota':
+            self.answer(QUOTA.encode(), page=True)
+        elif behavior == 'interrupted':
+            self.answer(content, length=len(content) + 1000)
+        elif behavior == 'wrong content':
+            self.answer(b'<html>not weights</html>')
+        elif behavior == 'error':
+            self.send_error(503)
+        else:
+            self.answer(content)
+
+    def answer(self, content, page=False, length=None):
+        self.send_response(200)
+        self.send_header('Content-Length', str(length or len(content)))
+        self.send_header('Content-Type', 'text/html' if page else 'application/octet-stream')
+        if not page:
+            self.send_header('Content-Disposition', 'attachment; filename="best.pth"')
+        self.end_headers()
+        self.wfile.write(content)
+
+
+@pytest.fixture(scope='module')
+def certificate(tmp_path_factory):
+    """A certificate of Drive's hosts, which this test alone trusts."""
+    folder = tmp_path_factory.mktemp('certificate')
+    names = ','.join(f'DNS:{host}' for host in HOSTS)
+    command = 'openssl req -x509 -newkey rsa:2048 -nodes -days 2 -keyout key.pem -out cert.pem'
+    command = [*command.split(), '-subj', '/CN=drive', '-addext', f'subjectAltName={names}']
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture(scope='module')
+def released():
+    """The bytes of a classifier in the released layout, of every size."""
+    files = {}
+    for size in ('small', 'base', 'large'):
+        state = (
+            reference_state(read_json(f'state_dict_keys_{size}.json')) if size == 'small' else {}
+        )
+        torch.save(dict(model=state), buffer := io.BytesIO())
+        files[RELEASED[size].weights] = buffer.getvalue()
+    return files
+
+
+@pytest.fixture
+def drive(tmp_path, monkeypatch, certificate, released):
+    """Drive at a local port, and an empty cache."""
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'hub'))
+    monkeypatch.setattr(torch.hub, '_hub_dir', None)
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), Drive) as server:
+        server.tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        server.tls.load_cert_chain(certificate / 'cert.pem', certificate / 'key.pem')
+        server.behavior, server.requests, server.files = 'plain', [], dict(released)
+        for name in ('https_proxy', 'HTTPS_PROXY'):
+            monkeypatch.setenv(name, f'http://127.0.0.1:{server.server_port}')
+        for name in ('no_proxy', 'NO_PROXY', 'all_proxy', 'ALL_PROXY', 'CURL_CA_BUNDLE'):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv('REQUESTS_CA_BUNDLE', str(certificate / 'cert.pem'))
+        monkeypatch.setattr(weights, '_RETRIES', 0)
+        server.cache = tmp_path / 'hub' / 'hub' / 'checkpoints'
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def cached_files(drive):
+    return {path.name for path in drive.cache.iterdir() if path.suffix != '.lock'}
+
+
+@pytest.mark.parametrize('behavior', ['plain', 'redirect', 'confirmation'])
+def test_released_weights_are_downloaded_once(drive, released, behavior):
+    drive.behavior = behavior
+    path = Path(fetch_released('scalablevit://small'))
+    assert path == drive.cache / 'scalablevit-small_in1k.pth'
+    assert path.read_bytes() == released[RELEASED['small'].weights]
+    assert len(drive.requests) == 1 + (behavior != 'plain')
+    drive.requests.clear()
+    assert fetch_released('scalablevit://small') == str(path)
+    assert drive.requests == []
+    assert cached_files(drive) == {path.name}
+
+
+REFUSALS = {
+    'quota': 'Too many users have viewed',
+    'interrupted': 'is incomplete',
+    'wrong content': 'is damaged or no checkpoint',
+    'error': 'Cannot retrieve the public link',
+}
+
+
+@pytest.mark.parametrize('behavior', REFUSALS)
+def test_a_failed_download_says_what_to_do_by_hand(drive, released, behavior):
+    drive.behavior = behavior
+    with pytest.raises(CheckpointError) as error:
+        fetch_released('scalablevit://small')
+    said = str(error.value)
+    assert REFUSALS[behavior] in said
+    path = drive.cache / 'scalablevit-small_in1k.pth'
+    assert said.endswith(
+        f'; open https://drive.google.com/file/d/{RELEASED["small"].weights}/view in a browser '
+        f'and save the file as {path}'
+    )
+    assert said.isprintable()
+    assert cached_files(drive) == set()
+    path.write_bytes(released[RELEASED['small'].weights])
+    assert fetch_released('scalablevit://small') == str(path)
+
+
+def test_no_network_and_no_gdown_say_what_to_do_by_hand(drive, monkeypatch):
+    drive.shutdown()
+    drive.server_close()
+    with pytest.raises(CheckpointError, match=r'cannot be had .*; open https.* save the file as'):
+        fetch_released('scalablevit://base')
+    monkeypatch.setitem(sys.modules, 'gdown', None)
+    with pytest.raises(CheckpointError, match=r'pip install gdown\), or open https'):
+        fetch_released('scalablevit://base')
+
+
+def test_the_hash_can_be_pinned(drive, released):
+    digest = hashlib.sha256(released[RELEASED['small'].weights]).hexdigest()
+    for pinned in (digest, digest[:8], digest.upper()):
+        fetch_released(f'scalablevit://small?sha256={pinned}')
+    with pytest.raises(CheckpointError, match=f'SHA-256 of .* is {digest}; remove the file'):
+        fetch_released('scalablevit://small?sha256=0123456789abcdef')
+
+
+@pytest.mark.parametrize('end', ['', 'tiny', 'small?md5=1', 'small?sha256=xyz', 'small/x'])
+def test_other_addresses_are_refused(end):
+    with pytest.raises(CheckpointError, match='released weights are scalablevit://small, scalab'):
+        fetch_released(f'scalablevit://{end}')
+
+
+def test_one_process_of_several_downloads(drive):
+    code = (
+        "from mmscalablevit.checkpoint.weights import fetch_released as f; f('scalablevit://base')"
+    )
+    environment = dict(os.environ, PYTHONPATH=str(ROOT))
+    processes = [subprocess.Popen([sys.executable, '-c', code], env=environment) for _ in range(2)]
+    assert [process.wait(120) for process in processes] == [0, 0]
+    assert len(drive.requests) == 1
+
+
+def test_the_backbone_starts_from_them(drive):
+    model = ScalableViT(init_cfg=dict(type='Pretrained', checkpoint='scalablevit://small'))
+    model.init_weights()
+    wanted = reference_state(read_json('state_dict_keys_small.json'))
+    for name, tensor in model.state_dict().items():
+        assert name.startswith('norm_list.') or torch.equal(tensor, wanted[name])
+
+
+def test_the_other_variant_is_named_with_the_line_that_mends_it(drive):
+    with torch.device('meta'):
+        merged = ScalableViT('small-merged', stage_norm=None, final_norm=True)
+    state = {k: torch.zeros(v.shape) for k, v in merged.state_dict().items()}
+    torch.save(dict(model=state), buffer := io.BytesIO())
+    drive.files[RELEASED['small'].weights] = buffer.getvalue()
+    model = ScalableViT('small', init_cfg=dict(type='Pretrained', checkpoint='scalablevit://small'))
+    with pytest.raises(
+        CheckpointError, match=r'use --cfg-options model.backbone.arch=small-merged'
+    ):
+        model.init_weights()
+
+
+def test_mmengines_loader_gives_an_mmpretrain_classifier(drive):
+    content = CheckpointLoader.load_checkpoint('scalablevit://small', 'cpu')
+    wanted = reference_state(read_json('state_dict_keys_small.json'))
+    assert content['meta'] == dict(arch='small')
+    assert len(content['state_dict']) == len(wanted)
+    for name, tensor in content['state_dict'].items():
+        released_name = name.removeprefix('backbone.').replace('head.fc.', 'head.')
+        assert torch.equal(tensor, wanted[released_name])
+
+
+def test_an_mmpretrain_config_takes_them_as_a_whole(drive):
+    pytest.importorskip('mmpretrain')
+    cfg = Config.fromfile(ROOT / 'configs' / 'classification' / 'scalablevit-s_8xb128_in1k.py')
+    init_default_scope('mmpretrain')
+    with torch.device('meta'):
+        model = MODELS.build(cfg.model)
+    content = CheckpointLoader.load_checkpoint('scalablevit://small', 'cpu')
+    model.load_state_dict(content['state_dict'], strict=True, assign=True)
+
+
+@pytest.mark.parametrize(
+    ('toolbox', 'config'), [('mmdet', 'tiny_mask-rcnn'), ('mmseg', 'tiny_upernet')]
+)
+def test_the_train_py_of_a_toolbox_starts_from_them(drive, tmp_path, toolbox, config):
+    train = Path(pytest.importorskip(toolbox).__path__[0]) / '.mim' / 'tools' / 'train.py'
+    draw_shapes(tmp_path / 'shapes', num_train=2, num_val=1)
+    path = tmp_path / 'my.py'
+    path.write_text(
+        f"_base_ = '{ROOT}/tests/data/{config}.py'\n"
+        "init_cfg = dict(_delete_=True, type='Pretrained', checkpoint='scalablevit://small')\n"
+        'model = dict(backbone=dict(init_cfg=init_cfg))\n'
+    )
+    arch = Config.fromfile(path).model.backbone.arch
+    classifier = ScalableViT(arch.to_dict(), stage_norm=None, final_norm=True)
+    head = {'head.weight': torch.ones(2, 32), 'head.bias': torch.ones(2)}
+    torch.save(dict(model={**classifier.state_dict(), **head}), buffer := io.BytesIO())
+    drive.files[RELEASED['small'].weights] = buffer.getvalue()
+    job = subprocess.run(
+        [sys.executable, train, path, '--work-dir', tmp_path / 'out'],
+        cwd=tmp_path,
+        env=job_environment(tmp_path),
+        capture_output=True,
+        text=True,
+    )
+    assert job.returncode == 0, job.stderr[-3000:]
+    loaded = 'Loaded scalablevit://small into ScalableViT; left out: norm, head; norm_list starts'
+    (log,) = (tmp_path / 'out').glob('*/*.log')
+    assert loaded in log.read_text()
+    assert hashlib.sha256(buffer.getvalue()).hexdigest() in log.read_text()
+
+
+def test_the_tool_downloads_and_lists(drive, released, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location(
+        'get_weights', ROOT / 'tools' / 'model_converters' / 'get_weights.py'
+    )
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    monkeypatch.setattr(sys, 'argv', ['get_weights.py', 'small'])
+    cli.run(tool.main)
+    said = capsys.readouterr().out
+    digest = hashlib.sha256(released[RELEASED['small'].weights]).hexdigest()
+    assert str(drive.cache / 'scalablevit-small_in1k.pth') in said
+    assert digest in said
+    assert "arch 'small'" in said
+    monkeypatch.setattr(sys, 'argv', ['get_weights.py', '--list'])
+    cli.run(tool.main)
+    said = capsys.readouterr().out
+    assert all(part in said for entry in RELEASED.values() for part in (entry.link, entry.log))
