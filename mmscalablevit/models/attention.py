@@ -167,7 +167,7 @@ class InteractiveWindowSelfAttention(nn.Module):
         value_map = merge_windows(value, shape, self.window_size)
         lim = conv_channels_last(self.lim_func, value_map)
         out = self.proj_drop(self.proj(merge_windows(out, shape, self.window_size) + lim))  # (3)
-        # A crop that copies: with a view, sizes that windows divide would be compiled by themselves.
+        # A crop that copies: compilers tell views of sizes that windows divide from others.
         return F.pad(out, (0, 0, 0, shape[2] - out.shape[2], 0, shape[1] - out.shape[1]))
 
 
