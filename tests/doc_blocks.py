@@ -31,6 +31,8 @@ for command in json.load(sys.stdin):
         if command[0] == '-c':
             exec(command[1])
         else:
+            # As Python does: tools import what lies beside them.
+            sys.path[0] = os.path.dirname(os.path.abspath(command[0]))
             runpy.run_path(command[0], run_name='__main__')
         sys.exit()
     if os.waitpid(pid, 0)[1]:

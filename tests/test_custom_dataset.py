@@ -13,6 +13,15 @@ import torch
 from doc_blocks import LOADERS, ROOT, environment, read_blocks, run_commands
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
+from test_dataset_converters import (
+    shape,
+    write_image,
+    write_labelme,
+    write_lists,
+    write_map,
+    write_voc,
+    write_yolo,
+)
 
 PAGE = ROOT / 'docs' / 'custom_dataset.md'
 # For speed: small images, few iterations and proposals, no optimizer in the checkpoints.
@@ -36,11 +45,14 @@ FEW_PROPOSALS = [
 ]
 OPTIONS = {
     ('train.py', 'my_mask-rcnn.py'): [*DETECTION, *FEW_PROPOSALS],
-    ('train.py', 'my_retinanet.py'): [
+    ('train.py', 'my_cells.py'): [
         *DETECTION,
+        'train_cfg.val_interval=1',
+        'default_hooks.checkpoint.interval=1',
         'model.test_cfg.nms_pre=20',
         'model.test_cfg.score_thr=0.0',
     ],
+    ('test.py', 'my_cells.py'): [*TEST_SMALL, 'model.test_cfg.nms_pre=20'],
     ('train.py', 'my_upernet.py'): [
         *SHORT,
         *SMALL_IMAGES,
@@ -53,7 +65,7 @@ OPTIONS = {
     ('test.py', 'my_mask-rcnn.py'): [*TEST_SMALL, *FEW_PROPOSALS[1:]],
     ('test.py', 'my_upernet.py'): TEST_SMALL,
 }
-SHORTER = {'epoch_24': 'epoch_1', 'iter_20000': 'iter_2'}
+SHORTER = {'epoch_24': 'epoch_1', 'epoch_117': 'epoch_1', 'iter_20000': 'iter_2'}
 NUM_TRAIN, NUM_VAL = 4, 2
 
 
@@ -89,10 +101,32 @@ def commands(folder, tools):
             yield [tool, *arguments]
 
 
+def write_foreign_data(folder):
+    """What the converters of the page read."""
+    boxes = [('cell', 5, 5, 20, 20), ('dot', 5, 5, 5, 9)]
+    write_voc(folder / 'my_voc', a=boxes, b=boxes, c=[('dot', 2, 2, 9, 9)], d=boxes[:1])
+    write_lists(folder / 'my_voc', train='abc', val='d')
+    lines = '0 0.5 0.5 0.2 0.2'
+    write_yolo(folder / 'my_yolo', ('images', 'labels'), dict.fromkeys('abcde', lines))
+    (folder / 'my_yolo' / 'classes.txt').write_text('cell')
+    for name in 'abcde':
+        write_labelme(folder / 'my_labelme' / name, shape('a', 'rectangle', [[2, 2], [9, 9]]))
+    colors = np.zeros((30, 40, 3), np.uint8)
+    for split in ('train', 'val'):
+        write_image(folder / f'my_maps/images/{split}/a.png')
+        write_map(folder / f'my_maps/instances/{split}/a.png', np.eye(30, 40, dtype=np.uint16))
+        write_image(folder / f'my_masks/{split}/a.jpg')
+        write_map(folder / f'my_masks/{split}annot/a.png', 11 * np.eye(30, 40, dtype=np.uint8))
+        write_image(folder / f'my_colors/images/{split}/a.jpg')
+        write_map(folder / f'my_colors/masks/{split}/a.png', colors)
+    (folder / 'my_colors' / 'colors.txt').write_text('128 64 128 Road\n0 0 0 void\n')
+
+
 @pytest.fixture(scope='module')
 def page(tmp_path_factory):
     """The folder where the whole page was run, and what it printed command by command."""
     folder = tmp_path_factory.mktemp('page')
+    write_foreign_data(folder)
     shell = ''.join(block.text for block in blocks('shell'))
     tools = subprocess.run(
         ['bash', '-c', f'{shell}echo -n "$TOOLS"'],
@@ -127,7 +161,7 @@ def scalars(work_dir):
     ('config', 'summary'),
     [
         ('my_mask-rcnn.py', f'CocoDataset in data/shapes/: {NUM_TRAIN} images'),
-        ('my_retinanet.py', f'CocoDataset in data/shapes/: {NUM_TRAIN} images'),
+        ('my_cells.py', 'CocoDataset in data/cells/: 3 images, 3 annotations, 2 categories'),
         ('my_upernet.py', f'BaseSegDataset in data/shapes: {NUM_TRAIN} images with masks'),
     ],
 )
@@ -138,15 +172,25 @@ def test_the_data_are_found_sound(config, summary, page):
     assert 'No errors found' in said
 
 
-@pytest.mark.parametrize('name', ['my_mask-rcnn', 'my_retinanet'])
+@pytest.mark.parametrize('name', ['my_mask-rcnn', 'my_cells'])
 def test_detectors_train(name, page):
     lines = scalars(page[0] / 'work_dirs' / name)
     losses = [line['loss'] for line in lines if 'loss' in line]
 
-    assert len(losses) == NUM_TRAIN / 2
+    assert len(losses) == (NUM_TRAIN / 2 if name == 'my_mask-rcnn' else 1)
     assert np.isfinite(losses).all()
     assert {'coco/bbox_mAP', 'coco/bbox_mAP_50'} <= lines[-1].keys()
     assert ('coco/segm_mAP' in lines[-1]) == (name == 'my_mask-rcnn')
+
+
+def test_every_converter_and_config_of_the_page(page):
+    for data in ('cells', 'from_yolo', 'from_labelme', 'nuclei'):
+        assert (page[0] / 'data' / data / 'annotations' / 'val.json').exists()
+    for data in ('streets', 'colors'):
+        assert list((page[0] / 'data' / data / 'annotations' / 'val').glob('*.png'))
+    assert 'left out: box has no area (2 times)' in output(page, 'voc_to_coco.py')
+    for name, task in (('my_nuclei', 'mask_head'), ('my_streets', 'decode_head')):
+        assert task in Config.fromfile(page[0] / f'{name}.py').pretty_text
 
 
 def test_learning_rate_is_scaled_to_two_images(page):
@@ -158,6 +202,7 @@ def test_learning_rate_is_scaled_to_two_images(page):
 
 def test_pictures_are_drawn(page):
     assert len(list((page[0] / 'pictures').iterdir())) == NUM_VAL
+    assert len(list((page[0] / 'pictures_of_cells').iterdir())) == 1
     assert len(list((page[0] / 'seg_pictures').rglob('*.png'))) == NUM_VAL
 
 

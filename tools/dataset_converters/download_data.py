@@ -19,8 +19,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 from mmscalablevit import cli
 from mmscalablevit.errors import UserError
 
-# By data set: addresses with size in bytes (0: not published) and SHA-256 or SHA-1. The owners
-# publish neither: those of COCO are TensorFlow Datasets', that of ADE20K is GluonCV's.
+# By data set: addresses with size in bytes (0: unknown) and SHA-256 or SHA-1, as TensorFlow
+# Datasets publishes them of COCO and GluonCV of ADE20K.
 ARCHIVES = dict(
     coco={
         'http://images.cocodataset.org/annotations/annotations_trainval2017.zip': (
