@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 from mmengine.config import Config
-from mmengine.utils import scandir
 from PIL import Image
 
 from mmscalablevit import cli
@@ -26,9 +25,6 @@ BASES = dict(
     instance='detection/mask-rcnn_scalablevit-{}_fpn_1x_coco.py',
     segmentation='segmentation/scalablevit-{}_upernet_8xb2-160k_ade20k-512x512.py',
 )
-SIZES = ('s', 'b', 'l', 'demo')
-# Longest and shortest side that an image is scaled to; the small network is for CPUs.
-LARGEST = dict(demo=(320, 320))
 # Sides of objects, in pixels, below which the standard anchors find few of them.
 SMALL_OBJECT = 24
 HEAD = """# {count} images to train on, {val_count} to validate; {classes} classes, {sizes}.
@@ -126,9 +122,7 @@ def look_at_coco(root: Path) -> dict:
     train = found['train']
     if not train['images'] or not train['annotations']:
         raise UserError(f'{root / "annotations" / "train.json"} has no image or no object')
-    per_image = Counter(
-        (split, x['image_id']) for split in found for x in found[split]['annotations']
-    )
+    per_image = Counter((x, y['image_id']) for x in found for y in found[x]['annotations'])
     return dict(
         names=tuple(category['name'] for category in train['categories']),
         sizes=np.array([(image['width'], image['height']) for image in train['images']]),
@@ -146,28 +140,26 @@ def look_at_label_maps(root: Path) -> dict:
     for path in (*folders.values(), root / 'classes.txt'):
         if not path.exists():
             raise UserError(f'{path} does not exist; masks_to_labels.py writes this layout')
-    images = {split: sorted(scandir(str(folders[split]), recursive=True)) for split in folders}
-    suffixes = {Path(image).suffix for image in (*images['train'], *images['val'])}
+    images = {x: [p for p in folders[x].rglob('*') if p.is_file()] for x in folders}
+    suffixes = sorted({path.suffix for path in (*images['train'], *images['val'])})
     if len(suffixes) != 1:
-        raise UserError(
-            f'images in {root / "images"} must have one suffix, found {", ".join(sorted(suffixes))}'
-        )
+        raise UserError(f'{root / "images"} must hold one suffix, found {", ".join(suffixes)}')
     sizes = []
-    for image in images['train']:
-        with Image.open(folders['train'] / image) as opened:
-            sizes.append(opened.size)
+    for path in images['train']:
+        with Image.open(path) as image:
+            sizes.append(image.size)
     return dict(
         names=tuple((root / 'classes.txt').read_text().strip().split('\n')),
         sizes=np.array(sizes),
         count=len(images['train']),
         val_count=len(images['val']),
-        suffix=suffixes.pop(),
+        suffix=suffixes[0],
     )
 
 
 def target_scale(found: dict, size: str) -> tuple[int, int]:
     """Longest and shortest side of the scaled images."""
-    longest, shortest = LARGEST.get(size, (1333, 800))
+    longest, shortest = (320, 320) if size == 'demo' else (1333, 800)
     sides = np.percentile(np.sort(found['sizes'], axis=1)[:, ::-1], 90, axis=0)
     factor = min(longest / sides[0], shortest / sides[1])
     # Enlarge up to twice where objects are small then, else only shrink.
@@ -180,23 +172,25 @@ def narrow_model(task: str) -> dict:
     """The small backbone, and heads of 64 channels to go with it."""
     demo = Config.fromfile(CONFIGS / '_base_' / 'backbones' / 'scalablevit-demo.py')
     dims, narrow = demo.embed_dims, dict(in_channels=64)
-    model = dict(backbone=dict(demo.backbone.to_dict(), _delete_=True))
-    if task == 'segmentation':
-        model['decode_head'] = dict(in_channels=dims, channels=64)
-        model['auxiliary_head'] = dict(in_channels=dims[2], channels=64)
-        return model
-    model['neck'] = dict(in_channels=dims, out_channels=64)
-    if task == 'detection':
-        model['bbox_head'] = dict(narrow, feat_channels=64)
-        return model
-    model['rpn_head'] = dict(narrow, feat_channels=64)
-    model['roi_head'] = dict(
-        bbox_roi_extractor=dict(out_channels=64),
-        bbox_head=dict(narrow, fc_out_channels=256),
-        mask_roi_extractor=dict(out_channels=64),
-        mask_head=dict(narrow, conv_out_channels=64),
-    )
-    return model
+    heads = dict(
+        detection=dict(bbox_head=dict(narrow, feat_channels=64)),
+        instance=dict(
+            rpn_head=dict(narrow, feat_channels=64),
+            roi_head=dict(
+                bbox_roi_extractor=dict(out_channels=64),
+                bbox_head=dict(narrow, fc_out_channels=256),
+                mask_roi_extractor=dict(out_channels=64),
+                mask_head=dict(narrow, conv_out_channels=64),
+            ),
+        ),
+        segmentation=dict(
+            decode_head=dict(in_channels=dims, channels=64),
+            auxiliary_head=dict(in_channels=dims[2], channels=64),
+        ),
+    )[task]
+    if task != 'segmentation':
+        heads['neck'] = dict(in_channels=dims, out_channels=64)
+    return dict(backbone=dict(demo.backbone.to_dict(), _delete_=True), **heads)
 
 
 def show(value: object, depth: int = 0) -> str:
@@ -253,16 +247,16 @@ def write_config(args: argparse.Namespace) -> str:
     if args.task == 'instance' and not found['masks']:
         raise UserError(f'{args.data} has boxes without masks; --task detection trains on these')
     scratch = args.from_scratch or args.size == 'demo'
-    low, high = np.median(found['sizes'], axis=0).astype(int), found['sizes'].max(axis=0)
+    median, largest = np.median(found['sizes'], axis=0), found['sizes'].max(axis=0)
     values = dict(
         found,
         base=BASES[args.task].format('s' if args.size == 'demo' else args.size),
         root=f'{args.data.as_posix()}/',
         classes=len(found['names']),
-        sizes=f'mostly {low[0]}x{low[1]}, up to {high[0]}x{high[1]}',
+        sizes='mostly {:g}x{:g}, up to {}x{}'.format(*median, *largest),
     )
     if segmentation:
-        side = min(np.median(found['sizes'].min(axis=1)), LARGEST.get(args.size, (0, 1024))[1])
+        side = min(np.median(found['sizes'].min(axis=1)), 320 if args.size == 'demo' else 1024)
         crop = min(512, max(64, int(side) // 32 * 32))
         values.update(side=int(side), crop=(crop, crop), batch=4)
         seen = min(max(200 * found['count'], 40_000), 1_280_000)
@@ -300,7 +294,7 @@ def main() -> None:
     )
     parser.add_argument('data', type=Path, metavar='DATA', help='folder the converters wrote')
     parser.add_argument('--task', choices=BASES, required=True)
-    parser.add_argument('--size', choices=SIZES, default='s', help='demo: for CPUs')
+    parser.add_argument('--size', default='s', choices=('s', 'b', 'l', 'demo'))
     parser.add_argument('--out', type=Path, default=Path('my.py'), help='default: my.py')
     parser.add_argument('--from-scratch', action='store_true', help='no pretrained weights')
     parser.add_argument('--epochs', type=int, help='length; default: by the number of images')
