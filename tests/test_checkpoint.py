@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from golden import in_old_names, read_json, reference_state
+from mmengine.config import ConfigDict
 from mmengine.logging import MessageHub
 from mmengine.model import BaseModel, PretrainedInit
 from mmengine.registry import MODELS
@@ -225,6 +226,19 @@ def test_every_layout_loads(saved, log, wrap, cfg, kwargs, left_out):
     loaded, _, said = log[-1].partition('; left out: ')
     assert loaded == f'Loaded {path} into ScalableViT'
     assert sorted(filter(None, said.split(', '))) == sorted(left_out)
+
+
+def test_pretrained_of_a_segmentor_loads(saved):
+    pytest.importorskip('mmseg.models')
+    state = dense_weights()
+    head = dict(type='FCNHead', in_channels=32, channels=8, num_classes=2)
+    backbone = ConfigDict(type='ScalableViT', arch=TINY)
+    cfg = dict(backbone=backbone, decode_head=head, pretrained=saved(state))
+    model = MODELS.build(dict(type='mmseg.EncoderDecoder', test_cfg=dict(mode='whole'), **cfg))
+    model.init_weights()
+    assert_holds(model.backbone, state)
+    with pytest.raises(ValueError, match='by both init_cfg and pretrained'):
+        tiny(pretrained='a.pth', init_cfg=dict(type='Pretrained', checkpoint='b.pth'))
 
 
 @pytest.mark.parametrize('kind', ['Pretrained', 'mmengine.Pretrained', PretrainedInit], ids=str)

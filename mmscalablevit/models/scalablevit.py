@@ -75,6 +75,8 @@ class ScalableViT(BaseModule):
         init_cfg (dict | list[dict], optional): Initialization. None initializes from scratch as
             released; ``dict(type='Pretrained', checkpoint=FILE)`` loads a checkpoint of any layout
             that :mod:`mmscalablevit.checkpoint.released` knows, strictly. Defaults to None.
+        pretrained (str, optional): Checkpoint in place of ``init_cfg``, as mmseg's segmentors hand
+            it on. Defaults to None.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -104,7 +106,14 @@ class ScalableViT(BaseModule):
         norm_eval: bool = False,
         with_cp: bool = False,
         init_cfg: dict | list[dict] | None = None,
+        pretrained: str | None = None,
     ) -> None:
+        if pretrained is not None:
+            if init_cfg:
+                raise ValueError(
+                    'weights are named by both init_cfg and pretrained; give one of them'
+                )
+            init_cfg = dict(type='Pretrained', checkpoint=pretrained)
         super().__init__(init_cfg=init_cfg)
         self.arch_settings = arch_settings(arch, self.arch_zoo)
         check_int('in_channels', in_channels, 1)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from mmengine.config import Config, ConfigDict
+from mmengine.logging import MessageHub
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.structures import PixelData
 from torch import nn
@@ -193,14 +194,9 @@ def replace_recipe(cfg: Config) -> None:
     keys['backbone.pos_block'] = decay_free
     if rate:
         with torch.device('meta'):
-            backbone = ScalableViT(**{k: v for k, v in cfg_backbone(cfg).items() if k != 'type'})
+            backbone = MODELS.build(next(n.backbone for n in dicts(cfg.model) if 'backbone' in n))
         norms = [n for n, m in backbone.named_modules() if isinstance(m, nn.LayerNorm)]
         keys.update({f'backbone.{name}.': decay_free for name in norms})
-
-
-def cfg_backbone(cfg: Config) -> dict:
-    """The first backbone of a config."""
-    return next(node.backbone for node in dicts(cfg.model) if 'backbone' in node)
 
 
 def difference(old: dict, new: dict) -> dict:
@@ -273,6 +269,8 @@ def prove(cfg: Config) -> tuple[float, list]:
         cfg.model.data_preprocessor = preprocessor
     model = MODELS.build(cfg.model)
     model.init_weights()
+    # YOLOX asks for it while training.
+    MessageHub.get_current_instance().update_info('iter', 0)
     batch = sample_batch(cfg)
     losses = model(**model.data_preprocessor(copy.deepcopy(batch), True), mode='loss')
     loss, _ = model.parse_losses(losses)
