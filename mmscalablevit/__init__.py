@@ -12,7 +12,10 @@ from .version import __version__
 
 check_dependencies()
 
+from ._moved import keep_old_names  # noqa: E402
 from .engine import LayerDecayOptimWrapperConstructor  # noqa: E402
 from .models import ScalableViT  # noqa: E402
+
+keep_old_names()
 
 __all__ = ['LayerDecayOptimWrapperConstructor', 'ScalableViT', '__version__']

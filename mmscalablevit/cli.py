@@ -3,54 +3,28 @@
 
 import argparse
 import importlib
-import inspect
-import logging
 import os
 import os.path as osp
+import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from importlib.metadata import PackageNotFoundError, version
 
-import torch
-from mmengine.config import Config, ConfigDict, DictAction
-from mmengine.device import get_device
-from mmengine.logging import print_log
+from mmengine.config import Config, DictAction
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 
-from .checkpoint.weights import use_safe_loader
-from .checks.config import class_faults, config_faults, data_set_faults, hook_faults
-from .checks.pipeline import check_pipelines, data_sets
-from .engine.runner import (
-    _end_workers_with_job,
-    _explain_first_iteration,
-    _SameBuffersHook,
-    guard_loading,
-)
-from .errors import CheckpointError, DataError, UserError, config_errors
+from .engine.runner import KNOWN_KEYS, disconnect
+from .errors import DISK_ERRORS, CheckpointError, DataError, UserError, config_errors, explain
 
 _DISTRIBUTIONS = {
     'mmdet': 'onedl-mmdetection',
     'mmseg': 'onedl-mmsegmentation',
     'mmpretrain': 'onedl-mmpretrain',
-}
-# Data sets of mmpretrain that fetch their own files.
-_DOWNLOADED = ('CIFAR10', 'CIFAR100', 'FashionMNIST', 'MNIST')
-# Top-level keys that are read from a config besides the arguments of Runner.
-_OTHER_KEYS = {
-    'activation_checkpointing',
-    'compile',
-    'custom_imports',
-    'efficient_conv_bn_eval',
-    'find_unused_parameters',
-    'model_wrapper_cfg',
-    'runner_type',
-    'sync_bn',
-    'tta_model',
-    'tta_pipeline',
 }
 _PATH_ERRORS = (
     FileExistsError,
@@ -66,8 +40,9 @@ def run(main: Callable[[], None]) -> None:
 
     Args:
         main (Callable[[], None]): The tool. All errors but ``UserError``, ``CheckpointError``,
-            ``DataError`` and those of paths that are missing, forbidden or of the wrong kind keep
-            their traceback.
+            ``DataError``, and those of full disks and of paths that are missing, forbidden or of
+            the wrong kind keep their traceback. Distributed processes that end well are then
+            disconnected.
 
     Example:
         >>> def main():
@@ -78,15 +53,30 @@ def run(main: Callable[[], None]) -> None:
     """
     try:
         main()
-    except _PATH_ERRORS as error:
-        # A data loader's worker puts its traceback into the message; the sentence comes last.
-        sys.exit(f'error: {str(error).strip().splitlines()[-1]}')
+        disconnect()
+    except KeyboardInterrupt as error:
+        print(error if error.args else 'interrupted', file=sys.stderr)
+        # For the shell to know, and to end its loop over several commands, too.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGINT)
     except DataError as error:
-        print_log(traceback.format_exc(), logger='current', level=logging.DEBUG)
-        sentence = str(error).strip().splitlines()[-1].split(f'{DataError.__name__}: ', 1)[-1]
-        sys.exit(f'error: {sentence}')
+        # A data loader's worker puts its traceback into the message; the sentence comes last.
+        sys.exit(f'error: {_last_line(error).split(f"{DataError.__name__}: ", 1)[-1]}')
     except (UserError, CheckpointError) as error:
         sys.exit(f'error: {" ".join(str(error).split())}')
+    except _PATH_ERRORS as error:
+        sys.exit(f'error: {_last_line(error)}')
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        sys.exit(
+            f'error: cannot write to {error.filename}: {error.strerror}; once it can be written '
+            'to, --resume continues from the last checkpoint'
+        )
+
+
+def _last_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[-1]
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -168,8 +158,13 @@ def read_config(path: str, options: dict | None = None) -> Config:
         raise UserError(f'config {path} does not exist')
     try:
         cfg = Config.fromfile(path)
-    # A config is Python: anything can go wrong in it.
+    # A config is Python: anything can go wrong in it, and in modules that it imports.
     except Exception as error:
+        _name_torchvision(error)
+        imports = [f.name for f in traceback.extract_tb(error.__traceback__)]
+        if 'import_modules_from_strings' in imports and not isinstance(error, ImportError):
+            explain(error, f'custom_imports of config {path}')
+            raise
         raise UserError(f'config {path} cannot be read: {type(error).__name__}: {error}') from error
     _merge_options(cfg, options or {})
     _import_toolbox(cfg)
@@ -235,103 +230,33 @@ def markdown_table(
     return captured.get().strip() + '\n'
 
 
-def check_data(cfg: Config, loaders: tuple[str, ...]) -> None:
-    """Check files, folders and annotations of the data sets, before a model is built.
+def build_runner(cfg: Config) -> Runner:
+    """Build the runner that a config names, or ``SafeRunner``.
 
     Args:
         cfg (Config): The config.
-        loaders (tuple[str, ...]): Keys of the data loaders that will be used.
-
-    Raises:
-        UserError: If a path is missing or an annotation file of COCO's format has a fault; the
-            message names it.
-
-    Example:
-        >>> check_data(Config(dict(test_dataloader=dict(dataset=dict(
-        ...     data_root='data/coco', ann_file='val.json')))), ('test_dataloader',))
-        Traceback (most recent call last):
-        mmscalablevit.cli.UserError: test_dataloader: data/coco/val.json does not exist; ...
-    """
-    for loader in loaders:
-        for key, path in _data_paths((cfg.get(loader) or {}).get('dataset') or {}):
-            if '://' not in path and not osp.exists(path):
-                raise UserError(
-                    f'{loader}: {path} does not exist; put the data there or name it with '
-                    f'--cfg-options {loader}.dataset.{key}=PATH'
-                )
-    for loader in loaders:
-        for leaf in data_sets((cfg.get(loader) or {}).get('dataset') or ConfigDict()):
-            with config_errors(cfg):
-                faults = list(data_set_faults(cfg, loader, leaf))
-            if faults:
-                more = f' (and {len(faults) - 1} more faults)' if len(faults) > 1 else ''
-                raise UserError(
-                    f'{loader}: {faults[0]}{more}; tools/check_data.py lists all faults of the data'
-                )
-
-
-def build_runner(cfg: Config, loops: tuple[str, ...], strict: bool) -> Runner:
-    """Build the runner, which reads checkpoints with ``weights_only=True``.
-
-    Args:
-        cfg (Config): The config.
-        loops (tuple[str, ...]): Loops to build at once, for errors of their config to show here:
-            of 'train_loop', 'val_loop' and 'test_loop'.
-        strict (bool): Whether a checkpoint must hold exactly the model's parameters. Else layers
-            of ``load_from`` that were trained for another number of classes start anew.
 
     Returns:
         Runner: The runner.
 
     Raises:
-        UserError: If the model or a loop cannot be built, or the model's number of classes is not
-            that of the data; ``train()`` raises it for the optimizer and its schedulers, and for
-            the first iteration. The traceback is shown with ``--cfg-options log_level=DEBUG``.
+        UserError: If something in the config is wrong.
 
     Example:
-        >>> cfg = Config.fromfile('configs/detection/mask-rcnn_scalablevit-s_fpn_1x_coco.py')
+        >>> cfg = read_config('configs/detection/mask-rcnn_scalablevit-s_fpn_1x_coco.py')
         >>> cfg.work_dir = '/tmp/work_dir'
-        >>> runner = build_runner(cfg, loops=('test_loop',), strict=True)  # doctest: +SKIP
+        >>> build_runner(cfg).train()  # doctest: +SKIP
     """
-    _refuse(cfg, config_faults(cfg, loops, _known_keys()))
-    _adapt_to_cpu(cfg)
-    use_safe_loader()
     cfg.setdefault('runner_type', 'SafeRunner')
     with config_errors(cfg):
-        runner = RUNNERS.build(cfg)
-        built = {loop: getattr(runner, loop) for loop in loops}
-    _refuse(cfg, hook_faults(runner))
-    for name, loop in built.items():
-        if loop is not None:
-            _end_workers_with_job(loop.dataloader)
-            dataset = loop.dataloader.dataset
-            for leaf in data_sets(dataset):
-                _refuse(cfg, class_faults(cfg, name.replace('loop', 'dataloader'), leaf))
-            check_pipelines(dataset)
-            _explain_first_iteration(cfg, loop)
-    # The schedulers must not be built before the learning rate is scaled, so train() builds these.
-    for build in (
-        'build_optim_wrapper',
-        'scale_lr',
-        'build_param_scheduler',
-        '_init_model_weights',
-    ):
-        setattr(runner, build, config_errors(cfg)(getattr(runner, build)))
-    guard_loading(runner, strict)
-    runner.register_hook(_SameBuffersHook())
-    return runner
-
-
-def _known_keys() -> set[str]:
-    return {*inspect.signature(Runner.__init__).parameters, *_OTHER_KEYS}
+        return RUNNERS.build(cfg)
 
 
 def _merge_options(cfg: Config, options: dict) -> None:
-    known = _known_keys()
     for key in options:
         name = key.split('.')[0]
         # Else it would be ignored: a misspelling, or a config's own variable, such as data_root.
-        if name not in known:
+        if name not in KNOWN_KEYS:
             raise UserError(
                 f'--cfg-options: nothing reads the key {name!r} once {cfg.filename} is parsed; '
                 'name the entry that uses it, such as train_dataloader.dataset.data_root'
@@ -348,6 +273,9 @@ def _import_toolbox(cfg: Config) -> None:
         return
     try:
         importlib.import_module(f'{scope}.models')
+    except RuntimeError as error:
+        _name_torchvision(error)
+        raise
     # The original mmdet and mmseg assert the version of mmcv.
     except (ImportError, AssertionError) as error:
         raise UserError(
@@ -356,55 +284,23 @@ def _import_toolbox(cfg: Config) -> None:
         ) from error
 
 
+def _name_torchvision(error: Exception) -> None:
+    """Name the versions of a torchvision that was built for another torch."""
+    if 'torchvision::' not in str(error):
+        return
+    try:
+        found = f'torchvision {version("torchvision")} does not fit torch {version("torch")}'
+    except PackageNotFoundError:
+        found = 'torchvision does not fit torch'
+    raise UserError(
+        f'{found} ({error}); install the two together, from one index: '
+        'pip install --upgrade torch torchvision'
+    ) from error
+
+
 def _stack_batches(cfg: Config) -> None:
     # mmpretrain's own tools make these the defaults of its data loaders.
     for loader in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
         if cfg.get(loader):
             cfg[loader].setdefault('collate_fn', dict(type='default_collate'))
             cfg[loader].setdefault('pin_memory', True)
-
-
-def _adapt_to_cpu(cfg: Config) -> None:
-    """Replace what needs an accelerator, where there is none: AMP wrapper, NCCL, SyncBN."""
-    if get_device() != 'cpu':
-        return
-    wrapper = cfg.get('optim_wrapper') or {}
-    if wrapper.get('type') == 'AmpOptimWrapper':
-        for key in ('loss_scale', 'dtype', 'use_fsdp'):
-            wrapper.pop(key, None)
-        wrapper.type = 'CPUAmpOptimWrapper'
-        print_log('No accelerator: mixed precision runs in bfloat16 on CPU', logger='current')
-    if cfg.launcher in ('pytorch', 'slurm') and not torch.distributed.is_initialized():
-        cfg.model_wrapper_cfg = dict(
-            type='MMDistributedDataParallel',
-            device_ids=None,
-            broadcast_buffers=False,
-            find_unused_parameters=cfg.get('find_unused_parameters', False),
-        )
-        cfg.sync_bn = None
-
-
-def _data_paths(dataset: ConfigDict, inside: str = '') -> Iterator[tuple[str, str]]:
-    """Every path of a data set, with the key that names it."""
-    if dataset.get('type') in _DOWNLOADED:
-        return
-    nested = {'dataset.': dataset.get('dataset')}
-    nested |= {f'datasets.{i}.': inner for i, inner in enumerate(dataset.get('datasets', []))}
-    for key, inner in nested.items():
-        if inner:
-            yield from _data_paths(inner, inside + key)
-    root = dataset.get('data_root') or ''
-    if root:
-        yield f'{inside}data_root', root
-    prefix = dataset.get('data_prefix') or {}
-    prefix = prefix if isinstance(prefix, dict) else {'': prefix}
-    names = {'ann_file': dataset.get('ann_file')}
-    names |= {f'data_prefix.{key}'.rstrip('.'): name for key, name in prefix.items()}
-    for key, name in names.items():
-        if isinstance(name, str) and name:
-            yield inside + key, osp.join(root, name)
-
-
-def _refuse(cfg: Config, faults: Iterable[str]) -> None:
-    for fault in faults:
-        raise UserError(f'config {cfg.filename}: {fault}')

@@ -10,17 +10,7 @@ from collections.abc import Iterator
 from mmengine.config import Config
 from mmengine.logging import print_log
 
-_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
-# What building from a wrong config raises, or the first iteration of what was built.
-_BUILD_ERRORS = (
-    AssertionError,
-    AttributeError,
-    IndexError,
-    KeyError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 _SHOWN_NAMES = 4
 
 
@@ -74,70 +64,85 @@ class UserError(Exception):
     """A mistake in what the user gave: reported as one sentence, without a traceback."""
 
 
+def explain(error: Exception, place: str) -> None:
+    """Turn an error that says by itself what is wrong in a config into a ``UserError``.
+
+    Such are types that are not registered, arguments that a class does not take or that its
+    ``__init__`` refuses, and what this package refuses. Any other error, perhaps of code that is
+    being written, gets the place as a note below its traceback.
+
+    Args:
+        error (Exception): What was raised, with its traceback.
+        place (str): What failed, and its config.
+
+    Raises:
+        UserError: In place of the error.
+
+    Example:
+        >>> try:
+        ...     [].pop()
+        ... except IndexError as error:
+        ...     explain(error, 'model of my_config.py')
+        ...     error.__notes__  # doctest: +SKIP
+        ['(model of my_config.py)']
+    """
+    if isinstance(error, (UserError, CheckpointError, DataError, OSError)):
+        return
+    # str() of a KeyError is its message in quotes.
+    message = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    # numpy says so of a list of images that is empty.
+    if 'need at least one array to concatenate' in message:
+        raise UserError(
+            f'{place}: a data set has no image left after its filter_cfg, such as min_size'
+        ) from error
+    if _is_mistake(error):
+        reason = f'{type(error).__name__}: {one_line(message, 500)}'
+        raise UserError(f'{place}: {reason}') from error
+    add_note(error, place)
+
+
+def add_note(error: Exception, note: str) -> None:
+    """Add a line below the traceback of an error, or log it where Python (3.10) has no notes."""
+    if hasattr(error, 'add_note'):
+        error.add_note(f'({note})')
+    else:
+        print_log(f'{note}: {type(error).__name__}', 'current', logging.ERROR)
+
+
 @contextlib.contextmanager
 def config_errors(cfg: Config, fails: str = 'cannot be built') -> Iterator[None]:
-    """Turn the errors of building from a wrong config into a ``UserError`` that names it.
+    """Explain the errors of building from a config, see ``explain``.
 
     Args:
         cfg (Config): The config.
         fails (str): What the config does, for the message. Defaults to 'cannot be built'.
 
     Raises:
-        UserError: In place of what modules raise for unknown types and bad arguments.
+        UserError: In place of what the registry raises for unknown types and arguments.
 
     Example:
         >>> with config_errors(Config(filename='my_config.py')):
-        ...     raise TypeError("unexpected keyword argument 'depht'")
+        ...     MODELS.build(dict(type='NoSuchModel'))  # doctest: +SKIP
         Traceback (most recent call last):
-        mmscalablevit.errors.UserError: config my_config.py cannot be built: TypeError: ...
+        mmscalablevit.errors.UserError: config my_config.py cannot be built: KeyError: ...
     """
     try:
         yield
-    except CheckpointError:
+    except Exception as error:
+        explain(error, f'config {cfg.filename} {fails}')
         raise
-    except _BUILD_ERRORS as error:
-        print_log(traceback.format_exc(), logger='current', level=logging.DEBUG)
-        raise UserError(f'config {cfg.filename} {fails}: {_reason(error)}') from error
 
 
-def _reason(error: Exception) -> str:
-    # str() of a KeyError is its message in quotes.
-    message = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
-    # numpy says so of a list of images that is empty.
-    if 'need at least one array to concatenate' in message:
-        return 'a data set has no image left after its filter_cfg, such as min_size'
-    if not message:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        message = f'{frame.line} ({frame.filename}:{frame.lineno})'
-    return f'{type(error).__name__}: {one_line(message, 500)}'
-
-
-@contextlib.contextmanager
-def disk_errors(folder: str) -> Iterator[None]:
-    """Turn the errors of a full or read-only disk into a ``UserError`` that names the file.
-
-    Args:
-        folder (str): The folder that is written to, for errors that come without a name.
-
-    Raises:
-        UserError: In place of these errors.
-
-    Example:
-        >>> with disk_errors('work_dirs'), open('/dev/full', 'w') as file:
-        ...     file.write('text')
-        Traceback (most recent call last):
-        mmscalablevit.errors.UserError: cannot write to work_dirs: No space left ...
-    """
-    # Else each line that does not fit into the log file prints a traceback.
-    raise_exceptions, logging.raiseExceptions = logging.raiseExceptions, False
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _DISK_ERRORS:
-            raise
-        raise UserError(
-            f'cannot write to {error.filename or folder}: {error.strerror}; once it can be '
-            'written to, --resume continues from the last checkpoint'
-        ) from error
-    finally:
-        logging.raiseExceptions = raise_exceptions
+def _is_mistake(error: Exception) -> bool:
+    places = [
+        (frame.f_globals.get('__name__', '').split('.')[0], frame.f_code.co_name)
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+    ]
+    built = [module == 'mmengine' and name.startswith('build_') for module, name in places]
+    if built[-1]:
+        return isinstance(error, (KeyError, TypeError))
+    # A sentence that somebody wrote, and no accident.
+    line = traceback.extract_tb(error.__traceback__)[-1].line or ''
+    refused = line.startswith('raise ') and isinstance(error, (KeyError, TypeError, ValueError))
+    module, name = places[-1]
+    return refused and (module == 'mmscalablevit' or (any(built) and name == '__init__'))

@@ -42,3 +42,8 @@ def job_environment(room: Path, threads: int = 1) -> dict[str, str]:
         # Where cores are shared, threads that wait by spinning take them from each other.
         'OMP_WAIT_POLICY': 'passive',
     }
+
+
+def packaged(toolbox: str, tool: str) -> Path:
+    """A tool that a toolbox installs, as its authors wrote it."""
+    return Path(importlib.util.find_spec(toolbox).origin).parent / '.mim' / 'tools' / tool

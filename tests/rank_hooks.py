@@ -38,6 +38,19 @@ class KillRank(Hook):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+@HOOKS.register_module()
+class FailRank(Hook):
+    """Raises in one rank, in the second iteration of the training."""
+
+    def __init__(self, rank):
+        self.rank = rank
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if (get_rank(), batch_idx) == (self.rank, 1):
+            (Path(runner.work_dir) / 'failed').touch()
+            raise ZeroDivisionError(f'of rank {self.rank}')
+
+
 try:
     from mmdet.models.task_modules import RandomSampler
 except ImportError:

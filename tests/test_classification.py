@@ -4,6 +4,7 @@
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ import mmscalablevit  # noqa: F401
 mmpretrain = pytest.importorskip('mmpretrain')
 from mmpretrain.registry import MODELS  # noqa: E402
 
+from mmscalablevit.errors import CheckpointError  # noqa: E402
 from mmscalablevit.models.cls_head import ScalableViTClsHead  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -226,3 +228,16 @@ def test_mmpretrains_own_tool_trains_the_config(trained):
     options = ['--no-persistent-workers', '--cfg-options', *arguments]
     run_tool(tool, trained / 'tiny.py', '--work-dir', trained / 'own', *options)
     assert 'accuracy/top1' in scalars(trained / 'own')[-1]
+
+
+def test_mmpretrains_own_tools_refuse_what_does_not_fit(trained, monkeypatch):
+    state = torch.load(trained / 'work' / 'epoch_12.pth', weights_only=False)
+    state['state_dict'].pop('head.fc.bias')
+    torch.save(state, trained / 'less.pth')
+    monkeypatch.chdir(trained)
+    tools = Path(mmpretrain.__file__).parent / '.mim' / 'tools'
+    for tool, options in (('test.py', ['less.pth']), ('train.py', ['--resume', 'less.pth'])):
+        command = [str(tools / tool), 'tiny.py', *options, '--work-dir', 'own']
+        monkeypatch.setattr(sys, 'argv', command)
+        with pytest.raises(CheckpointError, match=r'less\.pth does not fit .*head\.fc\.bias'):
+            runpy.run_path(command[0], run_name='__main__')

@@ -214,7 +214,7 @@ def test_fine_tuning_starts_from_the_detector(page):
         for part in ('weight', 'bias')
     ]
 
-    assert f'Layers of another number of classes start anew: {", ".join(anew)}\n' in said
+    assert f'Layers of another number of classes are re-initialized: {", ".join(anew)}\n' in said
     given = torch.load(page[0] / 'mask-rcnn_coco.pth')['state_dict']
     tuned = torch.load(page[0] / 'work_dirs/fine-tuned/epoch_1.pth', weights_only=False)
     tuned = tuned['state_dict']
@@ -252,7 +252,7 @@ def load_from(checkpoint, tmp_path, name='tiny_retinanet.py'):
     cfg = Config.fromfile(ROOT / 'tests' / 'data' / name)
     cfg.work_dir, cfg.launcher, cfg.load_from = str(tmp_path / 'work'), 'none', str(checkpoint)
     init_default_scope('mmdet')
-    runner = cli.build_runner(cfg, (), strict=False)
+    runner = cli.build_runner(cfg)
     runner.load_or_resume()
     return runner.model
 

@@ -513,6 +513,21 @@ def test_a_killed_rank_ends_the_job(room, environment):
     end_one_rank(1, 'train', room, environment)
 
 
+def test_a_failing_rank_ends_the_job_with_its_error(room, environment):
+    work_dir = room / 'fails'
+    options = ['--work-dir', work_dir, '--cfg-options', *WORKERS]
+    options += ['custom_hooks.0.type=FailRank', 'custom_hooks.0.rank=1']
+    job = Job([TOOLS / 'dist_train.sh', 'segmentor_sgd.py', 2, *options], room, environment)
+    job.wait_until(lambda: (work_dir / 'failed').exists() or job.ended(), 600)
+    job.wait_until(job.ended, 60)
+
+    assert job.process.returncode == 1
+    # Its own code, where threads of gloo would abort it.
+    assert '(exitcode: 1) local_rank: 1' in job.output, job.output[-4000:]
+    assert 'ZeroDivisionError: of rank 1' in job.output
+    assert 'fails in train, iteration 2)' in job.output or sys.version_info < (3, 11)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize('stage', ['train', 'val', 'test'])
 @pytest.mark.parametrize('rank', [0, 1])

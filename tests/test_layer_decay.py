@@ -416,7 +416,7 @@ class Opaque(nn.Linear):
         ({}, TypeError, 'paramwise_cfg.layer_decay_rate must be a number .* got None'),
         (dict(layer_decay_rate='0.9'), TypeError, "layer_decay_rate .* got '0.9'"),
         (dict(layer_decay_rate=True), TypeError, 'layer_decay_rate .* got True'),
-        (dict(layer_decay_rate=0), ValueError, 'layer_decay_rate must be above 0 .* got 0'),
+        (dict(layer_decay_rate=0), ValueError, 'layer_decay_rate must be .* above 0 .* got 0'),
         (dict(layer_decay_rate=-0.1), ValueError, 'layer_decay_rate .* got -0.1'),
         (dict(layer_decay_rate=1.01), ValueError, 'up to 1, got 1.01'),
         (dict(layer_decay_rate=float('nan')), ValueError, 'layer_decay_rate .* got nan'),

@@ -1,7 +1,6 @@
 # Copyright (c) mmscalablevit contributors. All rights reserved.
 """The tools as a user calls them: mostly as processes of their own, on drawn shapes."""
 
-import importlib.util
 import json
 import os
 import pickle
@@ -18,8 +17,10 @@ import mmengine
 import numpy as np
 import pytest
 import torch
-from jobs import draw_shapes, job_environment
+from jobs import draw_shapes, job_environment, packaged
 from mmengine.config import Config
+
+from mmscalablevit.errors import CheckpointError
 
 ROOT = Path(__file__).parents[1]
 TOOLS = ROOT / 'tools'
@@ -138,8 +139,6 @@ def test_train_segmentor_with_amp(room, segmentor):
     assert all(np.isfinite(step['loss']) and step['loss'] > 0 for step in steps)
     assert 0 <= validations[-1]['mIoU'] <= 100
     assert 'bfloat16 on CPU' in segmentor
-    config = Config.fromfile(room / 'segmentor' / SEGMENTOR.name)
-    assert config.optim_wrapper.type == 'CPUAmpOptimWrapper'
     state = torch.load(room / 'segmentor' / 'iter_4.pth', weights_only=False)['state_dict']
     assert {value.dtype for value in state.values()} == {torch.float32, torch.int64}
 
@@ -212,14 +211,20 @@ def test_two_processes(room, environment):
 
 
 @pytest.mark.parametrize(
-    ('toolbox', 'config'), [('mmdet', DETECTOR), ('mmseg', SEGMENTOR)], ids=['mmdet', 'mmseg']
+    ('toolbox', 'config', 'options'),
+    [
+        ('mmdet', DETECTOR, []),
+        ('mmseg', SEGMENTOR, []),
+        (None, SEGMENTOR, ['--cfg-options', 'runner_type=FlexibleRunner']),
+    ],
+    ids=['mmdet', 'mmseg', 'FlexibleRunner'],
 )
-def test_packaged_train(toolbox, config, room, environment):
-    package = Path(importlib.util.find_spec(toolbox).origin).parent
-    command = [sys.executable, package / '.mim' / 'tools' / 'train.py', config]
-    run([*command, '--work-dir', f'packaged_{toolbox}'], room, environment)
+def test_other_tools_and_runners_train(toolbox, config, options, room, environment):
+    tool = packaged(toolbox, 'train.py') if toolbox else TOOLS / 'train.py'
+    work_dir = f'trained by {toolbox}'
+    run([sys.executable, tool, config, '--work-dir', work_dir, *options], room, environment)
 
-    steps, validations = scalars(room / f'packaged_{toolbox}')
+    steps, validations = scalars(room / work_dir)
     assert [step['step'] for step in steps] == [1, 2, 3, 4]
     assert {'coco/bbox_mAP', 'mIoU'} & validations[-1].keys()
 
@@ -391,13 +396,17 @@ def test_a_missing_image_is_named(fails, room):
     assert 'holed/images/training/000003.jpg' in said
 
 
-def test_checkpoint_of_another_model(fails, room, detector, segmentor):
+def test_checkpoint_of_another_model(fails, room, detector, segmentor, monkeypatch):
     said = fails('test.py', DETECTOR, 'segmentor/iter_4.pth', '--work-dir', 'failed')
     assert 'segmentor/iter_4.pth does not fit the model' in said
     assert 'unexpected key' in said
     assert 'missing key' in said
     said = fails('train.py', DETECTOR, '--resume', 'segmentor/iter_4.pth', '--work-dir', 'failed')
     assert 'segmentor/iter_4.pth does not fit the model' in said
+    command = [str(packaged('mmdet', 'test.py')), str(DETECTOR), 'segmentor/iter_4.pth']
+    monkeypatch.setattr(sys, 'argv', [*command, '--work-dir', 'failed'])
+    with pytest.raises(CheckpointError, match=r'segmentor/iter_4\.pth does not fit the model'):
+        runpy.run_path(command[0], run_name='__main__')
 
     checkpoint = torch.load(room / 'detector' / 'epoch_1.pth', weights_only=False)
     weights = checkpoint['state_dict']
@@ -417,7 +426,7 @@ class Payload:
         return Path.touch, (Path(self.path),)
 
 
-def test_checkpoints_that_are_refused(fails, room, detector):
+def test_checkpoints_that_are_refused(fails, room, detector, monkeypatch):
     whole = (room / 'detector' / 'epoch_1.pth').read_bytes()
     (room / 'truncated.pth').write_bytes(whole[: len(whole) // 2])
     (room / 'empty.pth').touch()
@@ -440,6 +449,12 @@ def test_checkpoints_that_are_refused(fails, room, detector):
     for name, reason in reasons.items():
         said = fails('test.py', DETECTOR, f'{name}.pth', '--work-dir', 'failed')
         assert said.startswith(f'error: checkpoint {name}.pth {reason}')
+    # The tools of mmdet, as they are, refuse the same.
+    for tool, options in (('test.py', ['code.pth']), ('train.py', ['--resume', 'code.pth'])):
+        command = [str(packaged('mmdet', tool)), str(DETECTOR), *options, '--work-dir', 'failed']
+        monkeypatch.setattr(sys, 'argv', command)
+        with pytest.raises(CheckpointError, match=r'^checkpoint code\.pth holds pickled Python'):
+            runpy.run_path(command[0], run_name='__main__')
     assert not (room / 'touched').exists()
 
 

@@ -111,8 +111,7 @@ def main() -> None:
         set_show_dir(cfg, args.show_dir)
     if args.tta:
         enable_tta(cfg)
-    cli.check_data(cfg, ('test_dataloader',))
-    cli.build_runner(cfg, ('test_loop',), strict=True).test()
+    cli.build_runner(cfg).test()
     if is_main_process():
         for path in filter(None, (args.out, args.show_dir)):
             print(f'wrote {path}')

@@ -8,9 +8,6 @@ from mmengine.config import Config
 
 from mmscalablevit import cli
 from mmscalablevit.checkpoint.reading import check_file
-from mmscalablevit.engine.checkpoint_hook import use_resumable_hooks
-from mmscalablevit.errors import disk_errors
-from mmscalablevit.work_dirs import find_checkpoint, use_checkpoint_seed
 
 # Tracker: backend of mmengine, the module it needs, what installs that.
 TRACKERS = {
@@ -75,9 +72,7 @@ def set_resume(cfg: Config, checkpoint: str) -> None:
     if checkpoint != 'auto' and '://' not in checkpoint:
         check_file(checkpoint)
     cfg.resume = True
-    cfg.load_from = find_checkpoint(cfg.work_dir) if checkpoint == 'auto' else checkpoint
-    if cfg.load_from and '://' not in cfg.load_from:
-        use_checkpoint_seed(cfg, cfg.load_from)
+    cfg.load_from = None if checkpoint == 'auto' else checkpoint
 
 
 def add_tracker(cfg: Config, name: str) -> None:
@@ -104,11 +99,7 @@ def main() -> None:
         set_resume(cfg, args.resume)
     if args.tracker:
         add_tracker(cfg, args.tracker)
-    use_resumable_hooks(cfg)
-    cli.check_data(cfg, ('train_dataloader', 'val_dataloader'))
-    with disk_errors(cfg.work_dir):
-        runner = cli.build_runner(cfg, ('train_loop', 'val_loop'), strict=cfg.get('resume', False))
-        runner.train()
+    cli.build_runner(cfg).train()
 
 
 if __name__ == '__main__':

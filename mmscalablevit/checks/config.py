@@ -6,7 +6,8 @@ import inspect
 import logging
 import os
 import os.path as osp
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 
 from mmengine.config import Config, ConfigDict
 from mmengine.dataset import BaseDataset
@@ -15,12 +16,14 @@ from mmengine.logging import print_log
 from mmengine.registry import DATASETS, OPTIMIZERS
 from mmengine.runner import Runner
 
+from ..errors import UserError, config_errors, one_line
 from .coco import check_boxes, check_coco, check_coco_file, is_plain_coco, warn_of_crowded
 from .findings import Findings
 from .label_maps import check_segmentation, ignore_faults
+from .pipeline import data_sets
 
 # What belongs together, by the loop that needs it.
-_PARTS = dict(
+PARTS = dict(
     train_loop=('train_dataloader', 'train_cfg', 'optim_wrapper'),
     val_loop=('val_dataloader', 'val_cfg', 'val_evaluator'),
     test_loop=('test_dataloader', 'test_cfg', 'test_evaluator'),
@@ -28,6 +31,8 @@ _PARTS = dict(
 # Parts of a model with classes of their own: object or none, and the regions of HTC.
 _OTHER_CLASSES = ('rpn', 'semantic')
 _NAMED = 5
+# Data sets of mmpretrain that fetch their own files.
+_DOWNLOADED = ('CIFAR10', 'CIFAR100', 'FashionMNIST', 'MNIST')
 # Parsing the 450 MB of COCO's training set again would cost each start 20 s and gigabytes.
 _CHECKED_BYTES = 50 * 2**20
 _RANKS = dict(pytorch='RANK', slurm='SLURM_PROCID', mpi='OMPI_COMM_WORLD_RANK')
@@ -263,6 +268,39 @@ def _unmeasured(runner: Runner, hook: CheckpointHook) -> Iterator[str]:
             )
 
 
+def other_classes(
+    trained: Sequence[str] | None, wanted: Sequence[str] | None, loader: str
+) -> tuple[str, bool]:
+    """Compare the classes of a checkpoint with those of a data set.
+
+    Args:
+        trained (Sequence[str], optional): The names in the checkpoint.
+        wanted (Sequence[str], optional): The names in the data set. Spellings may differ in case,
+            spaces, hyphens and underscores.
+        loader (str): Key of the data loader.
+
+    Returns:
+        tuple[str, bool]: What differs, and whether that makes results wrong, as the same classes in
+        another order do. ('', False) if nothing differs, or the numbers of classes do.
+
+    Example:
+        >>> other_classes(['dog', 'cat'], ['cat', 'dog'], 'test_dataloader')[1]
+        True
+    """
+    if not wanted or not trained or len(wanted) != len(trained):
+        return '', False
+    there, here = (
+        [re.sub(r'[\s_-]', '', str(x)).lower() for x in names] for names in (trained, wanted)
+    )
+    if there == here:
+        return '', False
+    i = next(i for i, plain in enumerate(there) if plain != here[i])
+    names = f'class {i} is {one_line(trained[i])!r} there and {wanted[i]!r} here'
+    if sorted(there) == sorted(here):
+        return f'was trained for the classes of {loader} in another order: {names}', True
+    return f'was trained for other classes than {loader} has: {names}', False
+
+
 def head_classes(part: object, name: str = 'model') -> Iterator[tuple[str, int]]:
     """Every ``num_classes`` of a model's config that counts the classes of the data set.
 
@@ -291,10 +329,10 @@ def head_classes(part: object, name: str = 'model') -> Iterator[tuple[str, int]]
 
 def _missing_parts(cfg: Config, loops: Iterable[str]) -> Iterator[str]:
     for loop in loops:
-        missing = [key for key in _PARTS[loop] if cfg.get(key) is None]
+        missing = [key for key in PARTS[loop] if cfg.get(key) is None]
         # Training without validation is allowed.
-        if missing and not (loop == 'val_loop' and len(missing) == len(_PARTS[loop])):
-            needed = ', '.join(_PARTS[loop])
+        if missing and not (loop == 'val_loop' and len(missing) == len(PARTS[loop])):
+            needed = ', '.join(PARTS[loop])
             yield f'{", ".join(missing)} missing; {loop} needs {needed}'
 
 
@@ -316,3 +354,59 @@ def _only_formats(cfg: Config, loader: str) -> bool:
     evaluators = cfg.get(loader.replace('dataloader', 'evaluator')) or []
     evaluators = evaluators if isinstance(evaluators, list) else [evaluators]
     return any(evaluator.get('format_only') for evaluator in evaluators)
+
+
+def check_data(cfg: Config, loaders: Iterable[str]) -> None:
+    """Check files, folders and annotations of the data sets, before a model is built.
+
+    Args:
+        cfg (Config): The config.
+        loaders (Iterable[str]): Keys of the data loaders that will be used.
+
+    Raises:
+        UserError: If a path is missing or an annotation file of COCO's format has a fault; the
+            message names it.
+
+    Example:
+        >>> check_data(Config(dict(test_dataloader=dict(dataset=dict(
+        ...     data_root='data/coco', ann_file='val.json')))), ('test_dataloader',))
+        Traceback (most recent call last):
+        mmscalablevit.errors.UserError: test_dataloader: data/coco/val.json does not exist; ...
+    """
+    for loader in loaders:
+        for key, path in _data_paths((cfg.get(loader) or {}).get('dataset') or {}):
+            if '://' not in path and not osp.exists(path):
+                raise UserError(
+                    f'{loader}: {path} does not exist; put the data there or name it with '
+                    f'--cfg-options {loader}.dataset.{key}=PATH'
+                )
+    for loader in loaders:
+        for leaf in data_sets((cfg.get(loader) or {}).get('dataset') or ConfigDict()):
+            with config_errors(cfg):
+                faults = list(data_set_faults(cfg, loader, leaf))
+            if faults:
+                more = f' (and {len(faults) - 1} more faults)' if len(faults) > 1 else ''
+                raise UserError(
+                    f'{loader}: {faults[0]}{more}; tools/check_data.py lists all faults of the data'
+                )
+
+
+def _data_paths(dataset: ConfigDict, inside: str = '') -> Iterator[tuple[str, str]]:
+    """Every path of a data set, with the key that names it."""
+    if dataset.get('type') in _DOWNLOADED:
+        return
+    nested = {'dataset.': dataset.get('dataset')}
+    nested |= {f'datasets.{i}.': inner for i, inner in enumerate(dataset.get('datasets', []))}
+    for key, inner in nested.items():
+        if inner:
+            yield from _data_paths(inner, inside + key)
+    root = dataset.get('data_root') or ''
+    if root:
+        yield f'{inside}data_root', root
+    prefix = dataset.get('data_prefix') or {}
+    prefix = prefix if isinstance(prefix, dict) else {'': prefix}
+    names = {'ann_file': dataset.get('ann_file')}
+    names |= {f'data_prefix.{key}'.rstrip('.'): name for key, name in prefix.items()}
+    for key, name in names.items():
+        if isinstance(name, str) and name:
+            yield inside + key, osp.join(root, name)

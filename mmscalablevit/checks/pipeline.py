@@ -1,98 +1,87 @@
 # Copyright (c) mmscalablevit contributors. All rights reserved.
 """Faults of images and label maps, found while they are loaded and named with their file."""
 
+import copy
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+import os.path as osp
+import traceback
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import numpy as np
 import torch
-from mmengine.dataset import BaseDataset, Compose
+from mmcv.transforms import BaseTransform
 from mmengine.logging import print_log
+from mmengine.registry import DATASETS, TRANSFORMS
 from PIL import Image
 
-from ..errors import DataError
+from ..errors import DataError, add_note
 
 # What a whole file begins and ends with; OpenCV fills the missing part of an image with gray.
 _FORMATS = {b'\xff\xd8': b'\xff\xd9', b'\x89PNG': b'IEND\xaeB`\x82'}
 _NAMED = 5
 
 
-class CheckedPipeline(Compose):
-    """A data pipeline whose errors name the image.
-
-    Args:
-        transforms (Sequence[Callable]): The transforms.
-        checks (dict[str, Callable[[dict], None]]): Called with the sample once, after the transform
-            that adds this key to it.
-        source (str): Where the image is listed, for the message. Defaults to ''.
-
-    Example:
-        >>> pipeline = CheckedPipeline([lambda sample: sample['no such key']], {})
-        >>> pipeline(dict(img_path='1.jpg'))
-        Traceback (most recent call last):
-        mmscalablevit.errors.DataError: image 1.jpg: function fails: KeyError: 'no such key'
-    """
-
-    def __init__(
-        self,
-        transforms: Sequence[Callable],
-        checks: dict[str, Callable[[dict], None]],
-        source: str = '',
-    ) -> None:
-        super().__init__(transforms)
-        self.checks = checks
-        self.source = source
-
-    def __call__(self, data: dict) -> dict | None:
-        """Apply the transforms in turn.
-
-        Raises:
-            DataError: If a transform or a check fails. What is missing or forbidden stays the
-                ``OSError`` that names it.
-        """
-        place = _place(data, self.source)
-        pending = dict(self.checks)
-        for transform in self.transforms:
-            try:
-                data = transform(data)
-            except DataError:
-                raise
-            except Exception as error:
-                if isinstance(error, OSError) and error.filename:
-                    raise
-                name = type(transform).__name__
-                reason = ' '.join(f'{type(error).__name__}: {error}'.split())
-                raise DataError(f'{place}: {name} fails: {reason}') from error
-            if data is None:
-                return None
-            for key in [key for key in pending if key in data]:
-                pending.pop(key)(data)
-        return data
-
-
-def check_pipelines(dataset: object) -> None:
-    """Make the pipelines of a data set name the file of every fault.
+def with_checks(dataset: dict) -> dict:
+    """Add checks of images and label maps to the pipelines of a data set.
 
     Truncated images, images of another size than annotated, and label maps of another size or with
     values that are no class, which OpenCV and the toolboxes let pass, are errors from then on; an
     image that only lies on its side is warned of once.
 
     Args:
-        dataset (object): A data set of a toolbox, or a wrapper of some.
+        dataset (dict): Config of a data set of a toolbox, or of a wrapper of some.
+
+    Returns:
+        dict: The config with ``CheckImage`` after the images and ``CheckLabelMap`` after the label
+        maps are loaded.
 
     Example:
-        >>> check_pipelines(runner.train_dataloader.dataset)  # doctest: +SKIP
+        >>> cfg = dict(type='CocoDataset', pipeline=[dict(type='LoadImageFromFile')])
+        >>> [step['type'] for step in with_checks(cfg)['pipeline']]
+        ['LoadImageFromFile', 'CheckImage']
     """
-    for leaf in data_sets(dataset):
-        if not isinstance(getattr(leaf, 'pipeline', None), Compose):
-            continue
-        source = leaf.ann_file if isinstance(leaf.ann_file, str) else ''
-        checks = dict(ori_shape=_ImageCheck(source))
-        if hasattr(leaf, 'reduce_zero_label') and leaf.metainfo.get('classes'):
-            checks['gt_seg_map'] = _LabelCheck(leaf)
-        leaf.pipeline = _checked(leaf.pipeline, checks, source)
+    dataset = copy.copy(dataset)
+    if isinstance(dataset.get('dataset'), dict):
+        dataset['dataset'] = with_checks(dataset['dataset'])
+    elif dataset.get('datasets'):
+        inner = [with_checks(x) if isinstance(x, dict) else x for x in dataset['datasets']]
+        dataset['datasets'] = inner
+    elif dataset.get('pipeline'):
+        file = dataset.get('ann_file')
+        source = osp.join(dataset.get('data_root') or '', file) if isinstance(file, str) else ''
+        checks = dict(LoadImageFromFile=dict(type='CheckImage', source=source))
+        checks.update(_label_check(dataset))
+        dataset['pipeline'] = list(_checked(dataset['pipeline'], checks))
+    return dataset
+
+
+def explain_sample(error: Exception) -> None:
+    """Name the image in an error of a data pipeline.
+
+    Args:
+        error (Exception): What was raised, with its traceback.
+
+    Raises:
+        DataError: In place of an error in loading a file. Other errors get a note.
+
+    Example:
+        >>> explain_sample(ValueError('of no pipeline'))
+    """
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    samples = [frame.f_locals.get(name) for frame in frames for name in ('data', 'results')]
+    places = [x for x in samples if isinstance(x, dict) and x.get('img_path')]
+    # What is missing or forbidden is named by its error.
+    if not places or isinstance(error, DataError) or getattr(error, 'filename', None):
+        return
+    place = f'image {places[0]["img_path"]}'
+    if places[0].get('seg_map_path'):
+        place += f' with label map {places[0]["seg_map_path"]}'
+    if any(osp.basename(frame.f_code.co_filename) == 'loading.py' for frame in frames):
+        reason = ' '.join(f'{type(error).__name__}: {error}'.split())
+        raise DataError(f'{place} cannot be loaded: {reason}') from error
+    add_note(error, place)
 
 
 def data_sets(dataset: object) -> Iterator[object]:
@@ -120,38 +109,38 @@ def data_sets(dataset: object) -> Iterator[object]:
         yield from data_sets(nested)
 
 
-def _checked(pipeline: Compose, checks: dict, source: str) -> CheckedPipeline:
-    for transform in pipeline.transforms:
-        # Test-time augmentation loads the label map once for each view of the image.
-        if hasattr(transform, 'subroutines'):
-            inner = {key: check for key, check in checks.items() if key != 'ori_shape'}
-            transform.subroutines = [
-                _checked(views, inner, source) for views in transform.subroutines
-            ]
-    return CheckedPipeline(pipeline.transforms, checks, source)
+@TRANSFORMS.register_module()
+class CheckImage(BaseTransform):
+    """Refuse an image that is damaged, or of another size than annotated.
 
+    Args:
+        source (str): Where the image is listed, for the message. Defaults to ''.
 
-def _place(data: dict, source: str) -> str:
-    place = f'image {data.get("img_path")}'
-    if data.get('seg_map_path'):
-        place += f' with label map {data["seg_map_path"]}'
-    return f'{place} of {source}' if source else place
+    Example:
+        >>> pipeline = [dict(type='LoadImageFromFile'), dict(type='CheckImage')]
+    """
 
-
-class _ImageCheck:
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str = '') -> None:
         self.source = source
         # Shared with the workers of a data loader, for one warning in all.
         self.warned = torch.zeros(1, dtype=torch.bool).share_memory_()
 
-    def __call__(self, data: dict) -> None:
-        path = data.get('img_path')
-        if not isinstance(path, str):
-            return
-        if not _ends_whole(path):
-            _load(path)
-        annotated = (data.get('height'), data.get('width'))
-        found = tuple(data['ori_shape'][:2])
+    def transform(self, results: dict) -> dict:
+        """Check a sample.
+
+        Raises:
+            DataError: If it has a fault.
+        """
+        path = results.get('img_path')
+        if isinstance(path, str):
+            if not _ends_whole(path):
+                _load(path)
+            self._check_size(path, results)
+        return results
+
+    def _check_size(self, path: str, results: dict) -> None:
+        annotated = (results.get('height'), results.get('width'))
+        found = tuple(results['ori_shape'][:2])
         if None in annotated or annotated == found:
             return
         fault = (
@@ -172,26 +161,45 @@ class _ImageCheck:
             )
 
 
-class _LabelCheck:
-    """Checks a label map as it was loaded, with the zero label reduced already."""
+@TRANSFORMS.register_module()
+class CheckLabelMap(BaseTransform):
+    """Refuse a label map of another size than its image, or with values that are no class.
 
-    def __init__(self, dataset: BaseDataset) -> None:
-        self.num_classes = len(dataset.metainfo['classes'])
-        self.ignored = dataset.ignore_index
-        self.reduced = dataset.reduce_zero_label
+    Args:
+        num_classes (int): Number of classes.
+        ignore_index (int): The value of pixels without a class.
+        reduce_zero_label (bool): Whether 0 in the file is ignored, and 1 the first class.
 
-    def __call__(self, data: dict) -> None:
-        path, labels = data['seg_map_path'], data['gt_seg_map']
+    Example:
+        >>> pipeline = [
+        ...     dict(type='LoadImageFromFile'), dict(type='LoadAnnotations'),
+        ...     dict(type='CheckLabelMap', num_classes=150, ignore_index=255,
+        ...          reduce_zero_label=True)]
+    """
+
+    def __init__(self, num_classes: int, ignore_index: int, reduce_zero_label: bool) -> None:
+        self.num_classes = num_classes
+        self.ignored = ignore_index
+        self.reduced = bool(reduce_zero_label)
+
+    def transform(self, results: dict) -> dict:
+        """Check a sample, with the zero label reduced already.
+
+        Raises:
+            DataError: If it has a fault.
+        """
+        path, labels = results['seg_map_path'], results['gt_seg_map']
         if labels.ndim != 2:
             raise DataError(
                 f'label map {path} is a color image; it must have one channel that holds class '
                 'numbers'
             )
-        size = tuple(data['ori_shape'][:2]) if 'ori_shape' in data else labels.shape
+        # In test-time augmentation the image was resized before.
+        size = tuple(results['ori_shape'][:2])
         if labels.shape != size:
             raise DataError(
                 f'label map {path} is {labels.shape[1]}x{labels.shape[0]} and not '
-                f'{size[1]}x{size[0]} as image {data["img_path"]}'
+                f'{size[1]}x{size[0]} as image {results["img_path"]}'
             )
         if ((labels >= self.num_classes) & (labels != self.ignored)).any():
             values = np.unique(labels)
@@ -200,6 +208,7 @@ class _LabelCheck:
         wrong = _wide_values(path)
         if wrong.size:
             raise DataError(self._message(path, wrong))
+        return results
 
     def _message(self, path: str, wrong: np.ndarray) -> str:
         first, last = int(self.reduced), self.num_classes - 1 + int(self.reduced)
@@ -209,6 +218,38 @@ class _LabelCheck:
             f'{first} to {last} for {self.num_classes} classes with '
             f'reduce_zero_label={self.reduced}, and {ignored} for what is ignored'
         )
+
+
+def _label_check(dataset: dict) -> dict[str, dict]:
+    """The check of the label maps of a data set of mmseg."""
+    kind = dataset.get('type')
+    with DATASETS.switch_scope_and_registry(dataset.get('_scope_')) as registry:
+        kind = registry.get(kind) if isinstance(kind, str) else kind
+        if 'BaseSegDataset' not in (base.__name__ for base in getattr(kind, '__mro__', ())):
+            return {}
+        built = registry.build(dict(dataset, pipeline=[], lazy_init=True))
+    if not built.metainfo.get('classes'):
+        return {}
+    check = dict(type='CheckLabelMap', num_classes=len(built.metainfo['classes']))
+    check.update(ignore_index=built.ignore_index, reduce_zero_label=built.reduce_zero_label)
+    return dict(LoadAnnotations=check)
+
+
+def _checked(steps: Sequence, checks: dict[str, dict]) -> Iterator:
+    for step in steps:
+        # Test-time augmentation: lists of alternatives.
+        names = [_name(x) for x in (step if isinstance(step, (list, tuple)) else [step])]
+        if isinstance(step, dict) and isinstance(step.get('transforms'), (list, tuple)):
+            step = dict(step, transforms=list(_checked(step['transforms'], checks)))
+        yield step
+        for name, check in checks.items():
+            if name in names:
+                yield [check] if isinstance(step, (list, tuple)) else check
+
+
+def _name(step: object) -> str:
+    kind = step.get('type') if isinstance(step, dict) else None
+    return str(getattr(kind, '__name__', kind)).split('.')[-1]
 
 
 def _wide_values(path: str) -> np.ndarray:

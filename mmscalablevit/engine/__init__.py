@@ -5,6 +5,7 @@ from ..errors import CheckpointError
 from .amp import CPUAmpOptimWrapper
 from .checkpoint_hook import AtomicCheckpointHook
 from .layer_decay import LayerDecayOptimWrapperConstructor
+from .runner import SafeRunner
 from .seed_hook import IterSeedHook
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     'CheckpointError',
     'IterSeedHook',
     'LayerDecayOptimWrapperConstructor',
+    'SafeRunner',
     'read_checkpoint',
     'use_safe_loader',
 ]

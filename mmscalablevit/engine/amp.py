@@ -37,14 +37,7 @@ class CPUAmpOptimWrapper(OptimWrapper):
 
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
-        """Put a forward pass under autocast.
-
-        Args:
-            model (nn.Module): The model that is trained.
-
-        Yields:
-            None: Nothing.
-        """
+        """Put a forward pass of a model under autocast."""
         hooks = []
         for module in model.modules():
             if hasattr(module, 'roi_layers'):

@@ -12,17 +12,10 @@ from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from torch import nn
 
 PREFIX = 'backbone.'
-PARAMWISE_KEYS = {
-    'bias_decay_mult',
-    'bias_lr_mult',
-    'bypass_duplicate',
-    'custom_keys',
-    'dcn_offset_lr_mult',
-    'dwconv_decay_mult',
-    'flat_decay_mult',
-    'layer_decay_rate',
-    'norm_decay_mult',
-}
+PARAMWISE_KEYS = set(
+    """bias_decay_mult bias_lr_mult bypass_duplicate custom_keys dcn_offset_lr_mult
+    dwconv_decay_mult flat_decay_mult layer_decay_rate norm_decay_mult""".split()  # noqa: SIM905
+)
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
@@ -73,13 +66,10 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
                 f'allowed are {sorted(PARAMWISE_KEYS)}'
             )
         rate = self.paramwise_cfg.get('layer_decay_rate')
-        if not isinstance(rate, Real) or isinstance(rate, bool):
-            raise TypeError(
+        is_number = isinstance(rate, Real) and not isinstance(rate, bool)
+        if not is_number or not 0 < rate <= 1:
+            raise (ValueError if is_number else TypeError)(
                 f'paramwise_cfg.layer_decay_rate must be a number above 0 and up to 1, got {rate!r}'
-            )
-        if not 0 < rate <= 1:
-            raise ValueError(
-                f'paramwise_cfg.layer_decay_rate must be above 0 and up to 1, got {rate}'
             )
         if self.base_lr is None:
             raise ValueError('layer_decay_rate needs optim_wrapper.optimizer.lr, which is missing')
@@ -91,14 +81,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         prefix: str = '',
         is_dcn_module: bool | None = None,
     ) -> None:
-        """Add the parameters of a module to the parameter groups.
-
-        Args:
-            params (list[dict]): The groups, one per parameter; extended in place.
-            module (nn.Module): The module. The model itself, whose prefix is empty, decays.
-            prefix (str): Name of the module in the model. Defaults to ''.
-            is_dcn_module (bool, optional): Whether the parent is a deformable convolution.
-                Defaults to None.
+        """Add the parameters of a module to the groups; the model itself, without prefix, decays.
 
         Raises:
             TypeError: If the model's backbone has no ``get_layer_depth``.

@@ -1,40 +1,67 @@
 # Copyright (c) mmscalablevit contributors. All rights reserved.
-"""Checkpoints that a model, a data set and a training must fit."""
+"""The runner of this package: mmengine's, for trainings that nobody watches."""
 
 import atexit
 import contextlib
-import functools
-import logging
+import copy
+import ctypes
+import inspect
 import os
-import re
-import threading
-import time
-from collections.abc import Callable, Iterator
+import os.path as osp
+import signal
+import sys
+from collections.abc import Iterable, Iterator
 
 import torch
+from filelock import FileLock, Timeout
 from mmengine.config import Config
+from mmengine.dataset import worker_init_fn
 from mmengine.device import get_device
-from mmengine.dist import barrier, broadcast, is_distributed
-from mmengine.hooks import Hook
-from mmengine.logging import print_log
-from mmengine.model import is_model_wrapper
-from mmengine.registry import RUNNERS
-from mmengine.runner import BaseLoop, Runner
-from torch import nn
+from mmengine.dist import barrier, broadcast, get_rank, is_distributed, is_main_process
+from mmengine.hooks import CheckpointHook
+from mmengine.model import is_model_wrapper, revert_sync_batchnorm
+from mmengine.optim import OptimWrapper
+from mmengine.registry import MODEL_WRAPPERS, RUNNERS
+from mmengine.runner import Runner
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..checkpoint.reading import check_values, find_weights, misfit
-from ..errors import CheckpointError, UserError, config_errors, one_line
+from ..checkpoint.weights import use_safe_loader
+from ..checks.config import (
+    PARTS,
+    check_data,
+    class_faults,
+    config_faults,
+    hook_faults,
+    other_classes,
+)
+from ..checks.pipeline import data_sets, with_checks
+from ..errors import DISK_ERRORS, CheckpointError, UserError, config_errors, explain, one_line
+from ..work_dirs import find_checkpoint, use_checkpoint_seed
 from .hosts import connect_cpus, watch_hosts
+
+# Top-level keys of a config that are read, besides the arguments of Runner.
+_OTHER_KEYS = """activation_checkpointing compile custom_imports efficient_conv_bn_eval
+    find_unused_parameters model_wrapper_cfg runner_type strategy sync_bn tta_model tta_pipeline"""
+KNOWN_KEYS = {*inspect.signature(Runner.__init__).parameters, *_OTHER_KEYS.split()}
 
 
 @RUNNERS.register_module()
 class SafeRunner(Runner):
-    """mmengine's ``Runner``, which ends what it has begun.
+    """mmengine's ``Runner`` with guards, which every tool of the toolboxes builds from a config.
 
-    Where it connects the processes of a distributed job, it also disconnects them once all have
-    ended ``train``, ``val`` or ``test``; else threads of PyTorch outlive the interpreter and abort
-    it. A process that fails waits for nobody: its launcher ends the others.
+    - Checkpoints are read without running code in them. What is resumed from, validated or tested
+      must hold exactly the model's weights; ``load_from`` of a training may differ in the layers
+      of another number of classes, which are then re-initialized.
+    - A resumed training ends with the weights of one that never stopped, see ``IterSeedHook``, and
+      a job that is killed leaves a whole checkpoint, see ``AtomicCheckpointHook``.
+    - Faults of config and data end in one sentence before the first iteration.
+    - Two trainings do not share a work directory.
+    - Distributed processes that end well end together, and close what connects them. One that fails
+      waits for nobody: its launcher ends the others. Workers of data loaders end with their job.
+    - Without an accelerator, gloo takes the place of NCCL, bfloat16 that of float16, and BN layers
+      are not synchronized.
 
     Example:
         >>> cfg = Config.fromfile('my_config.py')  # doctest: +SKIP
@@ -42,159 +69,260 @@ class SafeRunner(Runner):
         >>> RUNNERS.build(cfg).train()  # doctest: +SKIP
     """
 
-    def setup_env(self, env_cfg: dict) -> None:
-        """Set up the environment, and connect the processes of a distributed job.
+    _part = 'train'
+    _failed = False
+
+    @classmethod
+    def from_cfg(cls, cfg: Config) -> 'SafeRunner':
+        """Build a runner from a config.
 
         Args:
-            env_cfg (dict): As of mmengine's ``Runner``. Without an accelerator, gloo connects the
-                processes.
+            cfg (Config): The config. ``resume`` without ``load_from`` takes the latest whole
+                checkpoint of ``work_dir``.
+
+        Raises:
+            UserError: If something in the config is wrong.
+            CheckpointError: If all checkpoints to resume from are damaged.
         """
-        self._connects = self.distributed and not is_distributed()
-        if self._connects and get_device() == 'cpu':
+        cfg = copy.deepcopy(cfg)
+        given = [loop for loop, keys in PARTS.items() if any(cfg.get(key) for key in keys)]
+        _refuse(cfg, config_faults(cfg, given, KNOWN_KEYS))
+        if cfg.get('resume'):
+            cfg['load_from'] = cfg.get('load_from') or find_checkpoint(cfg['work_dir'])
+            if cfg['load_from'] and '://' not in cfg['load_from']:
+                use_checkpoint_seed(cfg, cfg['load_from'])
+        use_safe_loader()
+        with config_errors(cfg):
+            return super().from_cfg(cfg)
+
+    def setup_env(self, env_cfg: dict) -> None:
+        """Set up the environment, and connect the processes of a distributed job."""
+        connects = self.distributed and not is_distributed()
+        if connects and get_device() == 'cpu':
             connect_cpus(self.launcher)
         super().setup_env(env_cfg)
-        if self._connects:
+        if connects:
             watch_hosts()
+            atexit.register(self._disconnect)
 
-    def train(self) -> nn.Module:
-        """Train as mmengine's ``Runner``, to the end of all processes."""
-        with self._end_together():
-            return super().train()
+    def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
+        """Wrap the model for distributed training, see mmengine's ``Runner``."""
+        if not self.distributed or get_device() != 'cpu' or is_model_wrapper(model):
+            return super().wrap_model(model_wrapper_cfg, model)
+        find_unused = self.cfg.get('find_unused_parameters', False)
+        wrapper = dict(find_unused_parameters=find_unused, broadcast_buffers=False)
+        wrapper.update(model_wrapper_cfg or {}, device_ids=None)
+        wrapper.setdefault('type', 'MMDistributedDataParallel')
+        return MODEL_WRAPPERS.build(wrapper, default_args=dict(module=revert_sync_batchnorm(model)))
 
-    def val(self) -> dict:
-        """Validate as mmengine's ``Runner``, to the end of all processes."""
-        with self._end_together():
-            return super().val()
+    def build_optim_wrapper(self, optim_wrapper: dict | OptimWrapper) -> OptimWrapper:
+        """Build the optimizer wrapper, in which ``CPUAmpOptimWrapper`` replaces float16 on CPU."""
+        amp = isinstance(optim_wrapper, dict) and optim_wrapper.get('type') == 'AmpOptimWrapper'
+        if amp and get_device() == 'cpu':
+            optim_wrapper = copy.deepcopy(optim_wrapper)
+            optim_wrapper['type'] = 'CPUAmpOptimWrapper'
+            for key in ('loss_scale', 'dtype', 'use_fsdp'):
+                optim_wrapper.pop(key, None)
+            self.logger.info('No accelerator: mixed precision runs in bfloat16 on CPU')
+        return super().build_optim_wrapper(optim_wrapper)
 
-    def test(self) -> dict:
-        """Test as mmengine's ``Runner``, to the end of all processes."""
-        with self._end_together():
-            return super().test()
+    @staticmethod
+    def build_dataloader(
+        dataloader: dict | DataLoader, seed: int | None = None, diff_rank_seed: bool = False
+    ) -> DataLoader:
+        """Build a data loader whose samples are seeded, and whose workers end with the job."""
+        if isinstance(dataloader, dict):
+            dataloader = dict(dataloader)
+            dataset = dataloader['dataset']
+            dataset = with_checks(dataset) if isinstance(dataset, dict) else dataset
+            dataloader['dataset'] = dict(type='SeededDataset', dataset=dataset)
+            if isinstance(dataloader.get('sampler'), dict):
+                dataloader['sampler'] = dict(type='SeededSampler', sampler=dataloader['sampler'])
+            quiet = dataloader.pop('disable_subprocess_warning', False)
+            init = dict(type=_start_worker, seed=seed, rank=get_rank())
+            init.update(
+                num_workers=dataloader.get('num_workers', 0), disable_subprocess_warning=quiet
+            )
+            dataloader.setdefault('worker_init_fn', init)
+        return Runner.build_dataloader(dataloader, seed, diff_rank_seed)
 
-    @contextlib.contextmanager
-    def _end_together(self) -> Iterator[None]:
-        atexit.unregister(_disconnect)
-        yield
-        barrier()
-        if self._connects:
-            atexit.register(_disconnect)
+    def register_default_hooks(self, hooks: dict | None = None) -> None:
+        """Register the default hooks, among them those that make a training resumable."""
+        hooks = dict(hooks or {})
+        checkpoint = hooks.setdefault('checkpoint', dict(type='CheckpointHook', interval=1))
+        names = ('CheckpointHook', 'mmengine.CheckpointHook', CheckpointHook)
+        if isinstance(checkpoint, dict) and checkpoint.get('type') in names:
+            hooks['checkpoint'] = dict(checkpoint, type='AtomicCheckpointHook')
+        if hooks.setdefault('iter_seed', dict(type='IterSeedHook')) is None:
+            del hooks['iter_seed']
+        super().register_default_hooks(hooks)
 
-
-def _disconnect() -> None:
-    if is_distributed():
-        torch.distributed.destroy_process_group()
-
-
-def guard_loading(runner: Runner, strict: bool) -> None:
-    """Make a runner refuse checkpoints that it cannot use; mmengine loads what fits, and warns.
-
-    Args:
-        runner (Runner): The runner, which then raises ``CheckpointError``.
-        strict (bool): Whether a checkpoint must hold exactly the model's parameters, and be of the
-            classes of the data in their order. Else layers of ``load_from`` that were trained for
-            another number of classes start anew.
-
-    Example:
-        >>> guard_loading(runner, strict=True)  # doctest: +SKIP
-        >>> runner.test()  # doctest: +SKIP
-        Traceback (most recent call last):
-        mmscalablevit.checkpoint.errors.CheckpointError: checkpoint other.pth does not fit ...
-    """
-    if strict or runner.cfg.get('load_from'):
-        _load_strictly(runner)
-    runner.register_hook(_SameClassesHook() if strict else _NewClassesHook())
-
-
-def _load_strictly(runner: Runner) -> None:
-    load_checkpoint, resume = runner.load_checkpoint, runner.resume
-    check = _CheckWeightsHook()
-    runner.register_hook(check, priority='HIGHEST')
-
-    def load(filename: str, *args, **kwargs) -> dict:
-        check.filename = filename
+    def call_hook(self, fn_name: str, **kwargs) -> None:
+        """Call all hooks; checkpoints are checked before and after they see them."""
+        if fn_name == 'after_load_checkpoint':
+            self._check_weights(kwargs['checkpoint'])
+        if fn_name == 'before_val_epoch':
+            # Without SyncBN each rank has statistics of its own; validated is what rank 0 saves.
+            for buffer in self.model.buffers():
+                broadcast(buffer)
         try:
-            return load_checkpoint(filename, *args, **{**kwargs, 'strict': True})
+            super().call_hook(fn_name, **kwargs)
+        except TypeError as error:
+            # mmengine hides where in the hook it was.
+            raise error from error.__context__
+        if fn_name == 'after_load_checkpoint':
+            if self._part == 'train' and not self._resume:
+                self._keep_new_classes(kwargs['checkpoint'])
+            else:
+                self._check_classes(kwargs['checkpoint'])
+
+    def load_checkpoint(
+        self,
+        filename: str,
+        map_location: str = 'cpu',
+        strict: bool = True,
+        revise_keys: tuple = ((r'^module\.', ''),),
+    ) -> dict:
+        """Load a checkpoint strictly, whatever ``strict`` is; see mmengine's ``Runner``.
+
+        Raises:
+            CheckpointError: If it cannot be read or does not fit; the message names the difference.
+        """
+        self._checkpoint = filename
+        use_safe_loader()
+        try:
+            return super().load_checkpoint(filename, map_location, True, list(revise_keys))
         except (CheckpointError, OSError):
             raise
+        # A foreign file can hold anything.
         except Exception as error:
-            raise misfit(filename, runner.cfg.filename, error) from error
+            raise misfit(filename, self.cfg.filename, error) from error
 
-    def resume_strictly(filename: str, *args, **kwargs) -> None:
+    def resume(self, filename: str, *args, **kwargs) -> None:
+        """Resume a training, see mmengine's ``Runner``.
+
+        Raises:
+            CheckpointError: If weights or the state of the training do not fit.
+        """
         try:
-            resume(filename, *args, **kwargs)
+            super().resume(filename, *args, **kwargs)
         except (CheckpointError, OSError, UserError):
             raise
         except Exception as error:
             raise CheckpointError(
                 f'checkpoint {filename} cannot be resumed from, as its training state is missing '
-                f'or does not fit {runner.cfg.filename} '
+                f'or does not fit {self.cfg.filename} '
                 f'({one_line(f"{type(error).__name__}: {error}", 200)})'
             ) from error
+        if self.iter >= self.max_iters:
+            self.logger.warning(
+                f'Nothing is left to train: {filename} is of iteration {self.iter} of '
+                f'{self.max_iters}; a larger train_cfg.max_epochs or max_iters trains longer'
+            )
 
-    runner.load_checkpoint, runner.resume = load, resume_strictly
+    def train(self) -> nn.Module:
+        """Train, see mmengine's ``Runner``.
 
+        Raises:
+            UserError: If config or data have a fault, or the work directory is in use.
+            CheckpointError: If the checkpoint does not fit.
+        """
+        lock = lock_work_dir(self.work_dir) if is_main_process() else contextlib.nullcontext()
+        with lock, self._run('train', 'train_loop', 'val_loop'):
+            return super().train()
 
-class _CheckWeightsHook(Hook):
-    """Checks what a checkpoint holds before the runner takes any of it."""
+    def val(self) -> dict:
+        """Validate, see mmengine's ``Runner`` and ``train``."""
+        with self._run('val', 'val_loop'):
+            return super().val()
 
-    filename = ''
+    def test(self) -> dict:
+        """Test, see mmengine's ``Runner`` and ``train``."""
+        with self._run('test', 'test_loop'):
+            return super().test()
 
-    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        weights = find_weights(checkpoint, self.filename)
+    @contextlib.contextmanager
+    def _run(self, part: str, *loops: str) -> Iterator[None]:
+        self._part = part
+        # Until it is known how this ends.
+        self._failed = True
+        try:
+            self._check(loops)
+            yield
+        except KeyboardInterrupt as error:
+            again = f'; --resume continues from the last checkpoint in {self.work_dir}'
+            raise KeyboardInterrupt(f'interrupted{again if part == "train" else ""}') from error
+        except OSError as error:
+            # Unlike one in opening a file, an error in writing comes without its name.
+            if error.errno in DISK_ERRORS and not error.filename:
+                raise OSError(error.errno, error.strerror, self.work_dir) from error
+            raise
+        except Exception as error:
+            # Not self.iter, which builds the loop, and fails again.
+            done = self.message_hub.get_info('iter', 0)
+            explain(error, f'config {self.cfg.filename} fails in {part}, iteration {done + 1}')
+            raise
+        barrier()
+        self._failed = False
+
+    def _disconnect(self) -> None:
+        """Close what connects the processes; where others may be gone, leave it to the system."""
+        if not is_distributed():
+            return
+        if self._failed:
+            # Else threads of gloo abort the process, in place of the exit code of its error.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(1)
+        torch.distributed.destroy_process_group()
+
+    def _check(self, loops: Iterable[str]) -> None:
+        """Find faults of config and data before the first iteration."""
+        if self.cfg:
+            _refuse(self.cfg, config_faults(self.cfg, loops, KNOWN_KEYS))
+            check_data(self.cfg, [name.replace('loop', 'dataloader') for name in loops])
+        for name in loops:
+            loop = getattr(self, name)
+            if loop is None:
+                continue
+            dataset = getattr(loop.dataloader.dataset, 'dataset', loop.dataloader.dataset)
+            for leaf in data_sets(dataset):
+                _refuse(self.cfg, class_faults(self.cfg, name.replace('loop', 'dataloader'), leaf))
+        _refuse(self.cfg, hook_faults(self))
+
+    def _check_weights(self, checkpoint: dict) -> None:
+        weights = find_weights(checkpoint, self._checkpoint)
         # Wrappers of a model put this before its names, in the checkpoint or in the model.
-        parameters = {_unwrapped(k): v for k, v in runner.model.state_dict().items()}
-        check_values({_unwrapped(k): v for k, v in weights.items()}, self.filename, parameters)
-        if not runner.cfg.get('resume'):
+        parameters, weights = (
+            {name.removeprefix('module.'): value for name, value in state.items()}
+            for state in (self.model.state_dict(), weights)
+        )
+        check_values(weights, self._checkpoint, parameters)
+        if self._part != 'train' or not self._resume:
             return
         # Of an EMAHook: the model's own weights, while state_dict holds the averaged ones.
         states = {'ema_state_dict': checkpoint.get('ema_state_dict') or {}}
         moments = (checkpoint.get('optimizer') or {}).get('state') or {}
         states.update({f'optimizer.state.{index}': state for index, state in moments.items()})
         for where, state in states.items():
-            values = {f'{where}.{k}': v for k, v in state.items()}
-            tensors = {k: v for k, v in values.items() if isinstance(v, torch.Tensor)}
-            check_values(tensors, self.filename, tensors)
+            tensors = {f'{where}.{k}': v for k, v in state.items() if isinstance(v, Tensor)}
+            check_values(tensors, self._checkpoint, tensors)
 
-
-def _unwrapped(name: str) -> str:
-    return name.removeprefix('module.')
-
-
-class _SameClassesHook(Hook):
-    """Refuses a checkpoint of the data set's classes in another order; warns of other classes."""
-
-    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        name = 'train_dataloader' if runner.cfg.get('resume') else 'test_dataloader'
-        wanted = (getattr(runner, name).dataset.metainfo or {}).get('classes')
+    def _check_classes(self, checkpoint: dict) -> None:
+        """Refuse the data set's classes in another order; warn of other classes."""
+        loader = f'{self._part}_dataloader'
+        dataset = getattr(self, loader).dataset
+        wanted = (getattr(dataset, 'metainfo', None) or {}).get('classes')
         meta = (checkpoint.get('meta') or {}).get('dataset_meta') or {}
-        trained = meta.get('classes', meta.get('CLASSES'))
-        if not wanted or not trained or len(wanted) != len(trained):
-            return
-        there, here = list(map(_plain, trained)), list(map(_plain, wanted))
-        if there == here:
-            return
-        i = next(i for i, plain in enumerate(there) if plain != here[i])
-        names = f'class {i} is {one_line(trained[i])!r} there and {wanted[i]!r} here'
-        said = f'checkpoint {runner.cfg.load_from} was trained for'
-        if sorted(there) == sorted(here):
-            raise CheckpointError(f'{said} the classes of {name} in another order: {names}')
-        print_log(
-            f'{said} other classes than {name} has: {names}',
-            logger='current',
-            level=logging.WARNING,
-        )
+        fault, is_error = other_classes(meta.get('classes', meta.get('CLASSES')), wanted, loader)
+        if is_error:
+            raise CheckpointError(f'checkpoint {self._checkpoint} {fault}')
+        if fault:
+            self.logger.warning(f'checkpoint {self._checkpoint} {fault}')
 
-
-def _plain(name: str) -> str:
-    """A class's name without what its spellings differ in: case, spaces, hyphens, underscores."""
-    return re.sub(r'[\s_-]', '', str(name)).lower()
-
-
-class _NewClassesHook(Hook):
-    """Keeps the model's own weights where ``load_from`` has those of another number of classes."""
-
-    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    def _keep_new_classes(self, checkpoint: dict) -> None:
+        """Keep the model's own weights where the checkpoint has another number of classes."""
+        model = self.model.module if is_model_wrapper(self.model) else self.model
         weights = checkpoint.get('state_dict', checkpoint)
         # The classes are the outputs of a layer, and no layer of the backbone depends on them.
         kept = {
@@ -207,50 +335,56 @@ class _NewClassesHook(Hook):
         }
         weights.update(kept)
         if kept:
-            print_log(
-                'Layers of another number of classes start anew: ' + ', '.join(kept),
-                logger='current',
-                level=logging.WARNING,
-            )
+            names = ', '.join(kept)
+            self.logger.warning(f'Layers of another number of classes are re-initialized: {names}')
 
 
-def _explain_first_iteration(cfg: Config, loop: BaseLoop) -> None:
-    # What of a config does not fit together, such as numbers of channels, shows there.
-    run_iter = loop.run_iter
+@contextlib.contextmanager
+def lock_work_dir(work_dir: str | os.PathLike, name: str = 'training') -> Iterator[None]:
+    """Keep others from working in a work directory, until this process ends in any way.
 
-    def run_first(*args, **kwargs) -> None:
-        loop.run_iter = run_iter
-        with config_errors(cfg, 'fails in its first iteration'):
-            run_iter(*args, **kwargs)
+    Args:
+        work_dir (str | os.PathLike): The work directory; it is made if there is none.
+        name (str): What is done there, of which only one goes on at a time. Defaults to 'training'.
 
-    loop.run_iter = run_first
+    Raises:
+        UserError: If another process does it.
 
-
-def _end_workers_with_job(loader: DataLoader) -> None:
-    """Make the workers of a data loader end with its process, also where that is killed.
-
-    torch's workers notice it, but then wait to hand over what they loaded, which nobody takes.
+    Example:
+        >>> with lock_work_dir('/tmp/work_dir'):
+        ...     pass
     """
-    loader.worker_init_fn = functools.partial(_start_worker, loader.worker_init_fn)
+    os.makedirs(work_dir, exist_ok=True)
+    lock = FileLock(osp.join(work_dir, f'.{name}.lock'), timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise UserError(
+            f'{work_dir} is in use by another {name}; wait for its end, or choose another folder '
+            'with --work-dir'
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
-def _start_worker(init: Callable[[int], None] | None, worker_id: int) -> None:
-    def end_with(parent: int) -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=end_with, args=[os.getppid()], daemon=True).start()
-    if init is not None:
-        init(worker_id)
+def _refuse(cfg: Config, faults: Iterable[str]) -> None:
+    for fault in faults:
+        raise UserError(f'config {cfg.filename}: {fault}')
 
 
-class _SameBuffersHook(Hook):
-    """Lets every rank validate the model that rank 0 saves.
+def disconnect() -> None:
+    """Wait for the other processes of a distributed job, and close what connects them."""
+    if is_distributed():
+        barrier()
+        torch.distributed.destroy_process_group()
 
-    Without SyncBN each rank has its own statistics in the buffers of BN.
-    """
 
-    def before_val_epoch(self, runner: Runner) -> None:
-        for buffer in runner.model.buffers():
-            broadcast(buffer)
+def _start_worker(worker_id: int, seed: int | None, **kwargs) -> None:
+    """Let a worker end with its job: torch's wait to hand over what they loaded."""
+    if sys.platform == 'linux':
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if seed is not None:
+        worker_init_fn(worker_id, seed=seed, **kwargs)

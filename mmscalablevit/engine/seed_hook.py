@@ -5,7 +5,6 @@ import itertools
 import logging
 import random
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,9 +12,11 @@ import torch
 from mmengine.dist import get_rank, get_world_size
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
-from mmengine.registry import HOOKS
+from mmengine.registry import DATA_SAMPLERS, DATASETS, HOOKS
 from mmengine.runner import Runner
-from torch.utils.data import BatchSampler, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
+
+from ..checks.pipeline import explain_sample
 
 _ITERATION, _SAMPLE = 0, 1
 
@@ -25,22 +26,21 @@ class IterSeedHook(Hook):
     """Seed random numbers by iteration and by sample, for a resumed training to draw the same.
 
     A checkpoint of mmengine holds no state of random number generators, and a generator in a
-    worker of the data loader cannot be read at all. With this hook nothing depends on such states:
-    the generators of Python, numpy and torch are seeded
+    worker of the data loader cannot be read at all. With this hook and the data loaders of
+    ``SafeRunner`` nothing depends on such states: the generators of Python, numpy and torch are
+    seeded
 
     - at the start of each iteration, from the seed of the run, the iteration and the rank, for
       what is drawn in the model (stochastic depth, dropout, sampling of boxes);
-    - before each sample of the training set is loaded, from the seed of the run and the number of
-      the sample in the stream of the sampler, for its augmentation. The number of workers and of
-      processes does not matter, as long as the global batch stays the same.
+    - before each sample is loaded, from the seed of the run and the number of the sample in the
+      stream of the sampler, for its augmentation. The number of workers and of processes does not
+      matter, as long as the global batch stays the same.
 
     On the same machine with deterministic operators (CPU, same number of threads), a training
     that is resumed then ends with exactly the weights of one that never stopped, where
 
     - it is resumed from the end of an epoch or, in iteration-based training, from any iteration
       at which accumulated gradients were applied;
-    - its seed is that of the checkpoint: ``randomness.seed`` of the config, or what
-      ``tools/train.py --resume`` reads from the checkpoint;
     - mmengine passes over the samples already seen (``onedl-mmengine`` 0.10.12 does; of the
       original 0.10.7 only the random numbers of the iterations are repeated);
     - indices of the sampler are integers, and neither transforms nor model remember anything
@@ -53,69 +53,118 @@ class IterSeedHook(Hook):
     priority = 'VERY_HIGH'
 
     def before_train(self, runner: Runner) -> None:
-        """Let the data loader seed each sample.
-
-        Args:
-            runner (Runner): The runner of the training.
-        """
-        loader = runner.train_dataloader
-        batches = loader.batch_sampler
-        if not isinstance(getattr(batches, 'sampler', None), Sampler):
-            print_log(
-                f'IterSeedHook: {type(batches).__name__} has no sampler whose samples could be '
-                'seeded; augmentation will not be the same after resuming',
-                logger='current',
-                level=logging.WARNING,
-            )
+        """Let the sampler number its samples from the epoch at which the training begins."""
+        batches = runner.train_dataloader.batch_sampler
+        sampler = getattr(batches, 'sampler', None)
+        if isinstance(sampler, SeededSampler):
+            sampler.begin(runner.epoch)
             return
-        # mmengine winds on such a sampler, and goes through the samples of any other.
-        skips = type(batches) is BatchSampler and hasattr(batches.sampler, 'skip')
-        batches.sampler = _SeededSampler(
-            batches.sampler,
-            seed=runner.seed,
-            rounds=runner.epoch,
-            skipped=runner.iter * batches.batch_size if skips else 0,
+        print_log(
+            f'IterSeedHook: the samples of {type(batches).__name__} are not seeded, which '
+            'SafeRunner does; augmentation will not be the same after resuming',
+            logger='current',
+            level=logging.WARNING,
         )
-        # torch's data loader asks for it and then gives it a batch of indices.
-        loader.dataset.__getitems__ = partial(_load_samples, loader.dataset)
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
-        """Seed what the model draws.
-
-        Args:
-            runner (Runner): The runner of the training.
-            batch_idx (int): Index of the batch in the epoch.
-            data_batch (Any): The batch.
-        """
+        """Seed what the model draws."""
         seed = _derive(runner.seed, _ITERATION, runner.iter, get_rank())
         _seed_all(seed)
         if torch.cuda.is_available():
             torch.cuda.manual_seed_all(seed)
 
 
-class _SeededSampler(Sampler):
-    """A sampler whose indices carry a seed made of their number in the global stream."""
+@DATA_SAMPLERS.register_module()
+class SeededSampler(Sampler):
+    """A sampler whose indices carry a seed made of their number in the global stream.
 
-    def __init__(self, sampler: Sampler, seed: int, rounds: int, skipped: int) -> None:
-        self.sampler = sampler
-        self.seed = seed
-        self.rounds = rounds
-        self.skipped = skipped
+    Args:
+        sampler (dict): Config of the sampler.
+        dataset (Dataset): Its data set.
+        seed (int, optional): Its seed, and that of the samples. Defaults to None, a seed of its own
+            for the sampler, and 0 for the samples.
+
+    Example:
+        >>> cfg = dict(type='SeededSampler', sampler=dict(type='DefaultSampler', shuffle=False))
+        >>> list(DATA_SAMPLERS.build(cfg, default_args=dict(dataset=range(3), seed=0)))
+        [0, 1, 2]
+    """
+
+    def __init__(self, sampler: dict, dataset: Dataset, seed: int | None = None) -> None:
+        inner = dataset.dataset if isinstance(dataset, SeededDataset) else dataset
+        default_args = dict(dataset=inner, seed=seed)
+        self.sampler = DATA_SAMPLERS.build(sampler, default_args=default_args)
+        self._entropy = seed or 0, _SAMPLE
+        self._round = self._skipped = 0
+
+    def begin(self, round_: int) -> None:
+        """Number the samples as in this round over the data set, from 0."""
+        self._round = round_
 
     def __iter__(self) -> Iterator[int]:
-        start = self.skipped * get_world_size() + get_rank()
+        """Yield the indices of this process."""
+        start = self._skipped * get_world_size() + get_rank()
+        entropy = *self._entropy, self._round
+        self._round, self._skipped = self._round + 1, 0
         numbers = itertools.count(start, get_world_size())
-        entropy = self.seed, _SAMPLE, self.rounds
-        self.rounds, self.skipped = self.rounds + 1, 0
         for index, number in zip(self.sampler, numbers):  # noqa: B905
-            yield _SeededIndex(index, _derive(*entropy, number)) if _is_int(index) else index
+            is_int = isinstance(index, (int, np.integer))
+            yield _SeededIndex(index, _derive(*entropy, number)) if is_int else index
 
     def __len__(self) -> int:
         return len(self.sampler)
 
     def __getattr__(self, name: str) -> Any:
-        # Batch samplers ask for the data set, hooks set the epoch.
-        return getattr(self.__dict__['sampler'], name)
+        # Batch samplers ask for the data set, hooks set the epoch, and mmengine looks for skip.
+        if name.startswith('__'):
+            raise AttributeError(name)
+        found = getattr(self.sampler, name)
+        return self._skip if name == 'skip' else found
+
+    def _skip(self, num_samples: int) -> None:
+        self.sampler.skip(num_samples)
+        self._skipped = num_samples
+
+
+@DATASETS.register_module()
+class SeededDataset(Dataset):
+    """A data set whose samples are seeded by what ``SeededSampler`` yields.
+
+    Args:
+        dataset (dict | Dataset): The data set or its config. Its attributes are those of this one.
+
+    Example:
+        >>> dataset = SeededDataset([10, 20])
+        >>> dataset[1], len(dataset)
+        (20, 2)
+    """
+
+    def __init__(self, dataset: dict | Dataset) -> None:
+        self.__dict__['dataset'] = DATASETS.build(dataset) if isinstance(dataset, dict) else dataset
+
+    def __getitem__(self, index: int) -> Any:
+        """Load a sample; its errors name the image."""
+        if isinstance(index, _SeededIndex):
+            _seed_all(index.seed)
+            index = int(index)
+        try:
+            return self.dataset[index]
+        except Exception as error:
+            explain_sample(error)
+            raise
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getattr__(self, name: str) -> Any:
+        # What pickle asks for before there is a data set; and samples come from here alone.
+        if name.startswith('__'):
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Hooks replace pipelines.
+        setattr(self.dataset, name, value)
 
 
 class _SeededIndex(int):
@@ -126,20 +175,6 @@ class _SeededIndex(int):
 
     def __reduce__(self) -> tuple:
         return type(self), (int(self), self.seed)
-
-
-def _is_int(index: Any) -> bool:
-    return isinstance(index, (int, np.integer))
-
-
-def _load_samples(dataset: Dataset, indices: list) -> list:
-    samples = []
-    for index in indices:
-        if isinstance(index, _SeededIndex):
-            _seed_all(index.seed)
-            index = int(index)
-        samples.append(dataset[index])
-    return samples
 
 
 def _derive(*entropy: int) -> int:
