@@ -18,8 +18,10 @@ HEAD = """\
 # Model zoo
 
 Every config with its parameters and FLOPs, computed from the config in the way of the published
-figures, and the results that others published. **None of the results has been reproduced here
-yet, and no trained weights are offered.** What is inferred in the recipes: the READMEs of
+figures, and the results that others published. S in detection and segmentation is counted as
+`small-merged`, as published; `small` has 0.38 M parameters less. **None of the results has been
+reproduced here yet, and no trained weights are offered.** What is inferred in the
+recipes: the READMEs of
 [detection](../configs/detection/README.md), [segmentation](../configs/segmentation/README.md) and
 [classification](../configs/classification/README.md). To compare your trainings with these
 figures, see [configs](../configs/README.md#do-i-match-the-paper).
