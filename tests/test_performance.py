@@ -117,9 +117,9 @@ def test_no_call_of_fused_attention_takes_more_windows_than_cuda_can(monkeypatch
 
 
 ATTENTIONS = {
-    # Zeros around the map, the windows, and their values and outputs as maps. The crop is a view.
-    'windows that fit': (IWSA(64, 2), (1, 56, 56, 64), 4),
-    'windows that do not fit': (IWSA(64, 2), (1, 57, 55, 64), 4),
+    # Zeros around the map, the windows, their values and outputs as maps, and the crop.
+    'windows that fit': (IWSA(64, 2), (1, 56, 56, 64), 5),
+    'windows that do not fit': (IWSA(64, 2), (1, 57, 55, 64), 5),
     # The reduced map, too small for oneDNN.
     'merged values': (SSA(64, 2, 1.25, 8, 'merged'), (1, 56, 56, 64), 1),
     # Also values padded to the keys' width, and their heads cut back.
@@ -139,13 +139,13 @@ def test_copies_of_a_map_in_an_attention(module, shape, copies):
 
 
 @pytest.mark.parametrize('size', [(448, 448), (448, 896)], ids=str)
-def test_memory_of_inference_is_eleven_maps_of_the_first_stage(size):
-    """The MLP's: block's input, residual, norm, four each before and after GELU. Not quadratic."""
+def test_memory_of_inference_is_twelve_maps_of_the_first_stage(size):
+    """The MLP's: images, block's input, residual, norm, four each around GELU. Not quadratic."""
     net = model().eval()
     images = torch.rand(1, 3, *size)
     first_map = size[0] // 4 * size[1] // 4 * ARCH['embed_dims'][0] * 4
 
-    assert peak_bytes(net, images) <= 11 * first_map
+    assert peak_bytes(net, images) <= 12 * first_map
     plain = peak_bytes(plain_forward, dict(net.state_dict()), ARCH, images)
     assert plain > 15 * first_map
 

@@ -159,14 +159,14 @@ class InteractiveWindowSelfAttention(nn.Module):
         Returns:
             Tensor: Map of shape (B, H, W, C).
         """
-        shape = x.shape
-        qkv = self.qkv(partition_windows(x, self.window_size))  # (B * windows, N, 3 * C)
+        shape, size = x.shape, self.window_size
+        qkv = self.qkv(partition_windows(x, size))  # (B * windows, N, 3 * C)
         query, key, value = qkv.chunk(3, dim=-1)
+        lim = conv_channels_last(self.lim_func, merge_windows(value, shape, size))
         dropout = self.attn_drop if self.training else 0.0
         out = fused_attention(query, key, value, self.num_heads, self.scale, dropout)  # (1)
-        value_map = merge_windows(value, shape, self.window_size)
-        lim = conv_channels_last(self.lim_func, value_map)
-        out = self.proj_drop(self.proj(merge_windows(out, shape, self.window_size) + lim))  # (3)
+        out = merge_windows(out, shape, size) + lim  # (3)
+        out = self.proj_drop(self.proj(out))
         # A crop that copies: compilers tell views of sizes that windows divide from others.
         return F.pad(out, (0, 0, 0, shape[2] - out.shape[2], 0, shape[1] - out.shape[1]))
 
