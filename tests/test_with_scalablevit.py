@@ -30,13 +30,9 @@ ALGORITHMS = {
     'mmdet::rtmdet/rtmdet-ins_s_8xb32-300e_coco.py': ((1, 2, 3), 'neck.in_channels'),
     'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py': ((0, 1, 2, 3), 'neck.in_channels'),
     'mmdet::yolo/yolov3_d53_8xb8-ms-608-273e_coco.py': ((1, 2, 3), None),
-    'mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py': ((1, 2, 3), 'neck.in_channels'),
+    'mmdet::detr/detr_r50_8xb2-150e_coco.py': ((3,), 'neck.in_channels'),
     'mmseg::pspnet/pspnet_r50-d8_4xb2-40k_cityscapes-512x1024.py': ((0, 1, 2, 3), None),
     'mmseg::segformer/segformer_mit-b0_8xb2-160k_ade20k-512x512.py': (
-        (0, 1, 2, 3),
-        'decode_head.in_channels',
-    ),
-    'mmseg::mask2former/mask2former_r50_8xb2-160k_ade20k-512x512.py': (
         (0, 1, 2, 3),
         'decode_head.in_channels',
     ),
