@@ -26,7 +26,9 @@ for name in {imported!r}:
     importlib.import_module(name)
 
 def members(owner):
-    return {{k: id(v) for k, v in vars(owner).items() if not isinstance(v, types.ModuleType)}}
+    # _schemes is rebound by mmengine's own register_scheme; its entries are compared below.
+    found = {{k: v for k, v in vars(owner).items() if k != '_schemes'}}
+    return {{k: id(v) for k, v in found.items() if not isinstance(v, types.ModuleType)}}
 
 def state():
     registries = {{n: r for n, r in vars(mmengine.registry).items() if isinstance(r, Registry)}}
