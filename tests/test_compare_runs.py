@@ -30,22 +30,6 @@ SWIN = 'mask-rcnn_swin-t_fpn_1x_coco'
 TWINS = 'mask-rcnn_twins-svt-s_fpn_1x_coco'
 
 
-METAFILE = """
-Models:
-  - Name: {name}
-    Config: configs/{folder}/{name}.py
-    Metadata:
-      Results Source: the authors, not reproduced here
-    Results:
-"""
-RESULT = """
-      - Task: {task}
-        Dataset: {dataset}
-        Metrics:
-          {metric}: {value}
-"""
-
-
 @pytest.fixture
 def tool(tmp_path, monkeypatch):
     """The tool on a folder of three configs, two of which have published results."""
@@ -58,16 +42,15 @@ def tool(tmp_path, monkeypatch):
         (configs / folder).mkdir(parents=True)
         for name in names:
             Config(config).dump(configs / folder / f'{name}.py')
-    (configs / 'detection' / 'metafile.yml').write_text(
-        METAFILE.format(name=DETECTOR, folder='detection')
-        + RESULT.format(task='Object Detection', dataset='COCO', metric='box AP', value=45.8)
-        + RESULT.format(task='Instance Segmentation', dataset='COCO', metric='mask AP', value=41.7)
-    )
-    (configs / 'segmentation' / 'metafile.yml').write_text(
-        METAFILE.format(name=SEGMENTOR, folder='segmentation')
-        + RESULT.format(task='Segmentation', dataset='ADE20K', metric='mIoU', value=48.5)
-        + '          mIoU(ms+flip): 49.4\n'
-    )
+    for folder, name, results in (
+        ('detection', DETECTOR, [{'box AP': 45.8}, {'mask AP': 41.7}]),
+        ('segmentation', SEGMENTOR, [{'mIoU': 48.5, 'mIoU(ms+flip)': 49.4}]),
+    ):
+        model = dict(Name=name, Config=f'configs/{folder}/{name}.py')
+        model['Metadata'] = {'Results Source': 'the authors, not reproduced here'}
+        model['Results'] = [dict(Metrics=metrics) for metrics in results]
+        # JSON is YAML.
+        (configs / folder / 'metafile.yml').write_text(json.dumps(dict(Models=[model])))
     monkeypatch.setattr(module, 'CONFIGS', configs)
     return module
 
