@@ -238,8 +238,8 @@ def read_classes(meta: dict, cfg: Config, checkpoint: str) -> dict:
             f'data set of {cfg.filename} has "classes"'
         )
     names = [names] if isinstance(names, str) else list(names)
-    for _, number in head_classes(cfg.model):
-        if number != len(names):
+    for key, number in head_classes(cfg.model):
+        if 'head' in key and number != len(names):
             raise UserError(f'{source} has {len(names)} class names for a model of {number}')
     palette = found.get('palette')
     # Where a data set has no colors of its own, its class may leave it those of all its classes.
