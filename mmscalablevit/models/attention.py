@@ -191,7 +191,9 @@ def partition_windows(x: Tensor, size: int) -> Tensor:
     rows, columns = (height + size - 1) // size, (width + size - 1) // size
     x = F.pad(x, (0, 0, 0, columns * size - width, 0, rows * size - height))
     x = x.view(batch, rows, size, columns, size, channels).transpose(2, 3)
-    return x.reshape(batch * rows * columns, size * size, channels)
+    # Not reshape(), which compilers guard against the sizes at which it would not copy.
+    x = x.clone(memory_format=torch.contiguous_format)
+    return x.view(batch * rows * columns, size * size, channels)
 
 
 def merge_windows(windows: Tensor, shape: torch.Size, size: int) -> Tensor:
@@ -215,7 +217,8 @@ def merge_windows(windows: Tensor, shape: torch.Size, size: int) -> Tensor:
     batch, height, width, channels = shape
     rows, columns = (height + size - 1) // size, (width + size - 1) // size
     x = windows.view(batch, rows, columns, size, size, channels).transpose(2, 3)
-    return x.reshape(batch, rows * size, columns * size, channels)
+    x = x.clone(memory_format=torch.contiguous_format)
+    return x.view(batch, rows * size, columns * size, channels)
 
 
 @torch.fx.wrap
