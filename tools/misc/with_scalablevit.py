@@ -159,7 +159,9 @@ def replace_backbone(cfg: Config, arch: str, checkpoint: str) -> None:
         model.backbone = ConfigDict(backbone)
         adapt_channels(model, [width for width, _ in outputs], [widths[i] for i in stages])
         model.pop('pretrained', None)
-        if 'Pretrained' in str((model.get('init_cfg') or {}).get('type')):
+        # A list of them has only rules for layers.
+        init_cfg = model.get('init_cfg')
+        if isinstance(init_cfg, dict) and 'Pretrained' in str(init_cfg.get('type')):
             model.init_cfg = None
     for node in [cfg, *dicts(cfg.model)]:
         preprocessor = node.get('data_preprocessor') or {}
