@@ -1,9 +1,10 @@
 # Copyright (c) mmscalablevit contributors. All rights reserved.
-"""What the configs of test_distributed.py put into the processes that they start."""
+"""What tests put into the processes that they start, through their configs."""
 
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
 from mmengine.dist import get_rank
@@ -49,6 +50,25 @@ class FailRank(Hook):
         if (get_rank(), batch_idx) == (self.rank, 1):
             (Path(runner.work_dir) / 'failed').touch()
             raise ZeroDivisionError(f'of rank {self.rank}')
+
+
+@HOOKS.register_module()
+class Pause(Hook):
+    """Stops the first job of a work directory before an iteration, until there is ``go_on``."""
+
+    def __init__(self, at):
+        self.at = at
+
+    def before_train(self, runner):
+        folder = Path(runner.work_dir)
+        self.paused, self.go_on = folder / 'paused', folder / 'go_on'
+        self.is_first = not self.paused.exists()
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if runner.iter == self.at and self.is_first:
+            self.paused.touch()
+            while not self.go_on.exists():
+                time.sleep(0.1)
 
 
 try:

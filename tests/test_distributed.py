@@ -20,11 +20,12 @@ import mmengine
 import numpy as np
 import pytest
 import torch
+from config_cases import CONFIGS, DEMO, load
 from jobs import draw_shapes, job_environment
 from mmengine.config import Config
 from mmengine.model import MMDistributedDataParallel
 from mmengine.optim import build_optim_wrapper
-from test_configs import CONFIGS, DEMO, batch_of, build, load, shallow
+from test_config_models import batch_of, build, shallow
 from test_tools import ROOT, SEGMENTOR, TOOLS, run, scalars
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -268,7 +269,7 @@ def test_configs_use_every_parameter(name, group):
     ],
 )
 def test_frozen_configs_use_every_parameter(name, frozen_stages, group):
-    cfg = load(name)
+    cfg = copy.deepcopy(load(name))
     cfg.model.backbone.frozen_stages = frozen_stages
     print(f'{name}, frozen_stages={frozen_stages}: {train_distributed(cfg)} parameters learn')
 
@@ -288,6 +289,18 @@ def losses_by_iteration(work_dir):
     ]
 
 
+def weight_difference(one, two):
+    """Greatest relative difference of a parameter in the last checkpoints of two trainings."""
+    states = [
+        torch.load((work_dir / 'last_checkpoint').read_text(), weights_only=False)['state_dict']
+        for work_dir in (one, two)
+    ]
+    return max(
+        ((states[1][key] - value).norm() / value.norm().clamp(min=1e-3)).item()
+        for key, value in states[0].items()
+    )
+
+
 def differences(one, two):
     """Greatest relative differences of two trainings, in a loss and in a parameter's norm."""
     pairs = list(zip(losses_by_iteration(one), losses_by_iteration(two), strict=True))
@@ -298,15 +311,7 @@ def differences(one, two):
         # An accuracy is a count, and a nearly even choice may fall otherwise.
         keys = [key for key in alone if 'loss' in key]
         loss = max(loss, *(abs(together[key] / alone[key] - 1) for key in keys))
-    states = [
-        torch.load(next(work_dir.glob('iter_*.pth')), weights_only=False)['state_dict']
-        for work_dir in (one, two)
-    ]
-    weight = max(
-        ((states[1][key] - value).norm() / value.norm().clamp(min=1e-3)).item()
-        for key, value in states[0].items()
-    )
-    return len(pairs), loss, weight
+    return len(pairs), loss, weight_difference(one, two)
 
 
 def train_by_one_and_two(config, room, environment):
