@@ -173,7 +173,7 @@ BAD = {
     'no head': (
         'classifier',
         lambda state: {k: v for k, v in state.items() if not k.startswith('head.')},
-        'is no released classifier .* it holds norm, patch_embeds.0',
+        'is no released classifier .* it holds patch_embeds.0',
     ),
     'other head': (
         'classifier',
