@@ -17,10 +17,10 @@ from mmengine.registry import DATASETS, TRANSFORMS
 from PIL import Image
 
 from ..errors import DataError, add_note
+from .label_maps import LabelRule
 
 # What a whole file begins and ends with; OpenCV fills the missing part of an image with gray.
 _FORMATS = {b'\xff\xd8': b'\xff\xd9', b'\x89PNG': b'IEND\xaeB`\x82'}
-_NAMED = 5
 
 
 def with_checks(dataset: dict) -> dict:
@@ -178,9 +178,7 @@ class CheckLabelMap(BaseTransform):
     """
 
     def __init__(self, num_classes: int, ignore_index: int, reduce_zero_label: bool) -> None:
-        self.num_classes = num_classes
-        self.ignored = ignore_index
-        self.reduced = bool(reduce_zero_label)
+        self.rule = LabelRule(num_classes, ignore_index, bool(reduce_zero_label))
 
     def transform(self, results: dict) -> dict:
         """Check a sample, with the zero label reduced already.
@@ -201,23 +199,13 @@ class CheckLabelMap(BaseTransform):
                 f'label map {path} is {labels.shape[1]}x{labels.shape[0]} and not '
                 f'{size[1]}x{size[0]} as image {results["img_path"]}'
             )
-        if ((labels >= self.num_classes) & (labels != self.ignored)).any():
-            values = np.unique(labels)
-            wrong = values[(values >= self.num_classes) & (values != self.ignored)]
-            raise DataError(self._message(path, wrong + self.reduced))
-        wrong = _wide_values(path)
+        count, ignored, first = self.rule.num_classes, self.rule.ignore_index, self.rule.first
+        wrong = labels[(labels >= count) & (labels != ignored)]
+        # The first class is 0 by now, whatever it is in the file.
+        wrong = np.unique(wrong) + first if wrong.size else _wide_values(path)
         if wrong.size:
-            raise DataError(self._message(path, wrong))
+            raise DataError(f'label map {path} has {self.rule.fault(wrong)}; {self.rule.allowed()}')
         return results
-
-    def _message(self, path: str, wrong: np.ndarray) -> str:
-        first, last = int(self.reduced), self.num_classes - 1 + int(self.reduced)
-        ignored = f'{self.ignored} and 0' if self.reduced else f'{self.ignored}'
-        return (
-            f'label map {path} has {", ".join(map(str, wrong[:_NAMED].tolist()))}; allowed are '
-            f'{first} to {last} for {self.num_classes} classes with '
-            f'reduce_zero_label={self.reduced}, and {ignored} for what is ignored'
-        )
 
 
 def _label_check(dataset: dict) -> dict[str, dict]:
