@@ -4,6 +4,7 @@
 import contextlib
 import errno
 import logging
+import re
 import traceback
 from collections.abc import Iterator
 
@@ -134,13 +135,17 @@ def config_errors(cfg: Config, fails: str = 'cannot be built') -> Iterator[None]
 
 
 def _is_mistake(error: Exception) -> bool:
-    places = [
-        (frame.f_globals.get('__name__', '').split('.')[0], frame.f_code.co_name)
-        for frame, _ in traceback.walk_tb(error.__traceback__)
-    ]
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    places = [(f.f_globals.get('__name__', '').split('.')[0], f.f_code.co_name) for f in frames]
     built = [module == 'mmengine' and name.startswith('build_') for module, name in places]
     if built[-1]:
         return isinstance(error, (KeyError, TypeError))
+    # A key of the config that a class hands on to its base.
+    key = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    if key and any(
+        key[1] in (f.f_locals.get('args') or ()) for f, b in zip(frames, built, strict=True) if b
+    ):
+        return True
     # A sentence that somebody wrote, and no accident.
     line = traceback.extract_tb(error.__traceback__)[-1].line or ''
     refused = line.startswith('raise ') and isinstance(error, (KeyError, TypeError, ValueError))
