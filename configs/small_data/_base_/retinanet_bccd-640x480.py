@@ -1,0 +1,23 @@
+# Copyright (c) mmscalablevit contributors. All rights reserved.
+_base_ = [
+    '../../_base_/models/retinanet_fpn.py',
+    '../../_base_/datasets/bccd.py',
+    '../../_base_/default_runtime_det.py',
+    '../../_base_/schedules/schedule_small_data.py',
+]
+model = dict(bbox_head=dict(num_classes=3))
+
+
+def at_full_size(step):
+    return dict(step, scale=(640, 480)) if step['type'] == 'Resize' else step
+
+
+train_dataloader = dict(
+    batch_size=16,
+    num_workers=4,
+    dataset=dict(pipeline=[at_full_size(step) for step in _base_.train_pipeline]),
+)
+val_dataloader = dict(dataset=dict(pipeline=[at_full_size(s) for s in _base_.test_pipeline]))
+test_dataloader = val_dataloader
+default_hooks = dict(checkpoint=dict(by_epoch=False, interval=500, max_keep_ckpts=1))
+log_processor = dict(by_epoch=False)

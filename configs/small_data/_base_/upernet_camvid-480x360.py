@@ -1,0 +1,30 @@
+# Copyright (c) mmscalablevit contributors. All rights reserved.
+_base_ = [
+    '../../_base_/models/upernet.py',
+    '../../_base_/datasets/camvid.py',
+    '../../_base_/default_runtime_seg.py',
+    '../../_base_/schedules/schedule_small_data.py',
+]
+crop_size = (352, 480)
+model = dict(
+    data_preprocessor=dict(size=crop_size),
+    decode_head=dict(num_classes=11),
+    auxiliary_head=dict(num_classes=11),
+)
+
+
+def at_full_size(step):
+    if step['type'] == 'RandomCrop':
+        return dict(step, crop_size=crop_size)
+    return dict(step, scale=(480, 360)) if 'Resize' in step['type'] else step
+
+
+train_dataloader = dict(
+    batch_size=16,
+    num_workers=4,
+    dataset=dict(pipeline=[at_full_size(step) for step in _base_.train_pipeline]),
+)
+val_dataloader = dict(dataset=dict(pipeline=[at_full_size(s) for s in _base_.test_pipeline]))
+test_dataloader = val_dataloader
+default_hooks = dict(checkpoint=dict(by_epoch=False, interval=500, max_keep_ckpts=1))
+log_processor = dict(by_epoch=False)

@@ -1,0 +1,3 @@
+# Copyright (c) mmscalablevit contributors. All rights reserved.
+_base_ = ['../_base_/backbones/scalablevit-demo.py', '_base_/retinanet_bccd-320x240.py']
+model = dict(backbone=_base_.backbone, neck=dict(in_channels=_base_.embed_dims))

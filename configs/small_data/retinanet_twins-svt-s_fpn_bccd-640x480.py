@@ -1,0 +1,4 @@
+# Copyright (c) mmscalablevit contributors. All rights reserved.
+_base_ = ['../_base_/backbones/twins-svt-s.py', '_base_/retinanet_bccd-640x480.py']
+custom_imports = dict(imports=['mmscalablevit', 'mmseg.models'])
+model = dict(backbone=_base_.backbone, neck=dict(in_channels=_base_.embed_dims))
