@@ -10,7 +10,7 @@ DEMO_DIR ?= work_dirs/demo
 OPENMMLAB_ENV ?= .venv-openmmlab
 OPENMMLAB_STAMP := $(OPENMMLAB_ENV)/.mmscalablevit-installed
 
-.PHONY: env demo repeat test test-openmmlab operator-free-tests test-long lint docs
+.PHONY: env demo repeat test test-openmmlab operator-free-tests test-long results-weights lint docs
 
 env:
 	@tools/misc/setup_env.sh "$(ENV)" $(TORCH)
@@ -52,6 +52,12 @@ test-long: $(STAMP)
 TIMES ?= 30
 repeat: $(STAMP)
 	OMP_NUM_THREADS=1 $(PYTHON) tests/repeat.py $(TIMES) $(TESTS)
+
+# The trained models of docs/results.md as release files, in half precision, named by their hash.
+RESULTS_RUNS ?= $(wildcard $(addprefix work_dirs/*_, bccd-320x240 nuclei-256x256 camvid-320x240))
+results-weights: $(STAMP)
+	@for run in $(RESULTS_RUNS); do $(PYTHON) tools/model_converters/publish_model.py --half \
+		$$run/$$(basename $$(cat $$run/last_checkpoint)) work_dirs/results-weights/$$(basename $$run); done
 
 lint: $(STAMP)
 	$(PYTHON) -m ruff check .

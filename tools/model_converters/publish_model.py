@@ -30,16 +30,20 @@ def parse_args() -> argparse.Namespace:
         metavar='KEY',
         help='what is kept (default: meta state_dict)',
     )
+    parser.add_argument('--half', action='store_true', help='weights in half precision')
     return parser.parse_args()
 
 
-def publish(in_file: str, out_file: str, save_keys: list[str]) -> tuple[Path, list[str]]:
+def publish(
+    in_file: str, out_file: str, save_keys: list[str], half: bool = False
+) -> tuple[Path, list[str]]:
     """Write the published file.
 
     Args:
         in_file (str): Checkpoint of a training.
         out_file (str): Name of the published file without hash.
         save_keys (list[str]): What is kept.
+        half (bool): Whether weights are written in half precision. Defaults to False.
 
     Returns:
         tuple[Path, list[str]]: The published file, and the keys that were removed.
@@ -57,6 +61,11 @@ def publish(in_file: str, out_file: str, save_keys: list[str]) -> tuple[Path, li
     weights = find_weights(checkpoint, in_file)
     # Buffers may hold integers.
     check_values(weights, in_file, parameters=weights)
+    if half:
+        checkpoint['state_dict'] = {
+            key: value.half() if value.is_floating_point() else value
+            for key, value in weights.items()
+        }
     removed = [key for key in checkpoint if key not in save_keys]
     out = Path(f'{out_file.removesuffix(".pth")}.pth')
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -68,7 +77,7 @@ def publish(in_file: str, out_file: str, save_keys: list[str]) -> tuple[Path, li
 def main() -> None:
     """Publish the checkpoint and say under which name."""
     args = parse_args()
-    published, removed = publish(args.in_file, args.out_file, args.save_keys)
+    published, removed = publish(args.in_file, args.out_file, args.save_keys, args.half)
     print(f'{published}' + (f' (removed: {", ".join(removed)})' if removed else ''))
 
 
