@@ -122,6 +122,8 @@ def check_tool(command, monkeypatch, capsys):
         # The toolboxes' own tools, which tests/test_tools.py runs.
         return
     monkeypatch.setattr(sys, 'argv', command)
+    # Where Python looks first when it runs a script.
+    monkeypatch.syspath_prepend(str((ROOT / script).parent))
     try:
         # As the tool's own parser reads them.
         args = runpy.run_path(str(ROOT / script))['parse_args']()

@@ -72,8 +72,8 @@ def find_sources(args: argparse.Namespace, name: str) -> dict[str, list[Source]]
     return split_at_random(args, sources['']) if '' in sources else sources
 
 
-def main() -> None:
-    """Convert."""
+def parse_args() -> argparse.Namespace:
+    """Parse the command line."""
     parser = make_parser(
         'Convert one instance map an image to the layout of COCO.',
         'data/nuclei data/cells --classes nucleus',
@@ -89,7 +89,12 @@ def main() -> None:
         default='instances/{split}',
         help='folder of the maps, of the same names, in DATA; default: %(default)s',
     )
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Convert."""
+    args = parse_args()
     args.classes = args.classes or 'object'
     if ',' in args.classes:
         raise cli.UserError('--classes must be one name: an instance map holds no classes')

@@ -77,14 +77,19 @@ def find_sources(args: argparse.Namespace) -> dict[str, list[Source]]:
     }
 
 
-def main() -> None:
-    """Convert."""
+def parse_args() -> argparse.Namespace:
+    """Parse the command line."""
     parser = make_parser(
         'Convert boxes in the layout of PASCAL VOC to that of COCO.',
         'data/bccd data/cells --leave-out',
         'folder of JPEGImages, Annotations and ImageSets',
     )
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Convert."""
+    args = parse_args()
     convert(args, find_sources(args))
 
 
