@@ -17,6 +17,7 @@ PARTS = (
     'docs/*.css',
     'docs/*.md',
     'docs/images/*',
+    'docs/results/*',
     'tools/**/*.*',
 )
 

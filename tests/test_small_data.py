@@ -1,0 +1,259 @@
+# Copyright (c) mmscalablevit contributors. All rights reserved.
+"""The configs for small public data sets, from raw folders on, and their page of results."""
+
+import hashlib
+import importlib.util
+import json
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+from PIL import Image
+
+from mmscalablevit import cli
+from mmscalablevit.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / 'configs' / 'small_data').glob('*.py'))
+TASKS = ('bccd', 'nuclei', 'camvid')
+# A backbone in each harness, and each small backbone in one.
+TRAINED = [p for p in CONFIGS if 'scalablevit-demo' in p.stem or '_bccd-320x240' in p.stem]
+# Steps that are quick, and as many workers as are needed to see that the config's own do.
+SHORT = [
+    'train_cfg.max_iters=1',
+    'train_cfg.val_interval=1',
+    'train_dataloader.batch_size=2',
+    'train_dataloader.num_workers=0',
+    'train_dataloader.persistent_workers=False',
+    'val_dataloader.num_workers=0',
+    'val_dataloader.persistent_workers=False',
+    'default_hooks.logger.interval=1',
+]
+if importlib.util.find_spec('mmcv._ext') is None:
+    pytest.skip(
+        'detectors and segmentors need the compiled operators of mmcv', allow_module_level=True
+    )
+
+
+def run_tool(path, *arguments):
+    """Run a tool in this process, as its file would be."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, 'argv', [path, *map(str, arguments)])
+        patch.syspath_prepend(str((ROOT / path).parent))
+        runpy.run_path(str(ROOT / path), run_name='__main__')
+
+
+def save(path, array):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path)
+
+
+def photograph(rng, height, width):
+    return rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    """The three sets with two images a split, from their owners' layouts through the converters."""
+    root = tmp_path_factory.mktemp('small')
+    raw, rng = root / 'raw', np.random.default_rng(0)
+    box = '<bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox>'
+    boxes = [('RBC', 100, 90, 200, 190), ('WBC', 300, 200, 480, 400), ('Platelets', 20, 20, 60, 62)]
+    objects = ''.join(f'<object><name>{n}</name>{box.format(*xy)}</object>' for n, *xy in boxes)
+    for split in ('train', 'val'):
+        names = [f'{split}{i}' for i in range(2)]
+        listed = raw / 'bccd' / 'ImageSets' / 'Main' / f'{split}.txt'
+        listed.parent.mkdir(parents=True, exist_ok=True)
+        listed.write_text('\n'.join(names) + '\n')
+        for name in names:
+            save(raw / 'bccd' / 'JPEGImages' / f'{name}.jpg', photograph(rng, 480, 640))
+            xml = raw / 'bccd' / 'Annotations' / f'{name}.xml'
+            xml.parent.mkdir(exist_ok=True)
+            size = '<size><width>640</width><height>480</height></size>'
+            xml.write_text(f'<annotation>{size}{objects}</annotation>')
+            save(raw / 'nuclei' / 'images' / split / f'{name}.png', photograph(rng, 260, 347))
+            instances = np.zeros((260, 347), np.uint16)
+            for k in range(12):
+                instances[20 * k : 20 * k + 14, 28 * k : 28 * k + 20] = k + 1
+            save(raw / 'nuclei' / 'instances' / split / f'{name}.png', instances)
+            save(raw / 'camvid' / split / f'{name}.jpg', photograph(rng, 360, 480))
+            labels = np.repeat(np.arange(360, dtype=np.uint8)[:, None] // 30, 480, axis=1)
+            save(raw / 'camvid' / f'{split}annot' / f'{name}.png', labels)
+    converters = 'tools/dataset_converters'
+    out = root / 'data'
+    run_tool(
+        f'{converters}/voc_to_coco.py',
+        *(raw / 'bccd', out / 'bccd', '--classes', 'RBC,WBC,Platelets'),
+    )
+    run_tool(
+        f'{converters}/instance_maps_to_coco.py',
+        *(raw / 'nuclei', out / 'nuclei', '--classes', 'nucleus'),
+    )
+    classes = load(config_of('scalablevit-demo', 'camvid')).metainfo.classes
+    run_tool(
+        f'{converters}/masks_to_labels.py',
+        *(raw / 'camvid', out / 'camvid', '--images', '{split}', '--masks', '{split}annot'),
+        *('--ignore', '11', '--classes', ','.join(classes)),
+    )
+    return root
+
+
+def load(path):
+    return Config.fromfile(path, import_custom_modules=False)
+
+
+def config_of(backbone, task):
+    (path,) = (p for p in CONFIGS if f'{backbone}_' in p.stem and f'_{task}-' in p.stem)
+    return path
+
+
+@pytest.mark.parametrize('path', TRAINED, ids=lambda path: path.stem)
+def test_trains_and_validates(path, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(data)
+    cfg = cli.read_config(str(path))
+    cfg.work_dir = str(tmp_path)
+    cfg.launcher = 'none'
+    short = dict(option.split('=') for option in SHORT)
+    cfg.merge_from_dict({key: eval(value) for key, value in short.items()})
+    # Scores of detectors that hardly trained are low.
+    test_cfg = cfg.model.test_cfg
+    test_cfg.get('rcnn', test_cfg).score_thr = 0.0
+    runner = cli.build_runner(cfg)
+    before = {key: value.clone() for key, value in runner.model.named_parameters()}
+    runner.train()
+
+    moved = [k for k, v in runner.model.named_parameters() if not v.equal(before[k])]
+    assert any(key.startswith('backbone.') for key in moved)
+    assert any(not key.startswith('backbone.') for key in moved)
+    logged = runner.message_hub.log_scalars
+    assert np.isfinite(logged['train/loss'].current())
+    assert {'val/coco/bbox_mAP', 'val/mIoU'} & logged.keys()
+
+
+@pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
+def test_builds(path):
+    cfg = cli.read_config(str(path))
+    init_default_scope(cfg.default_scope)
+    model = MODELS.build(cfg.model)
+    with torch.no_grad():
+        maps = model.backbone(torch.zeros(1, 3, 64, 64))
+
+    assert [x.shape[1] for x in maps] == cfg.embed_dims
+    assert [x.shape[-1] for x in maps] == [16, 8, 4, 2]
+    heads = [m for m in model.modules() if hasattr(m, 'num_classes') and 'RPN' not in str(type(m))]
+    assert {head.num_classes for head in heads} == {len(cfg.metainfo.classes)}
+
+
+@pytest.mark.parametrize('task', TASKS)
+def test_configs_of_a_harness_differ_by_the_backbone_alone(task):
+    for size in {path.stem.rsplit('-', 1)[1] for path in CONFIGS if f'_{task}-' in path.stem}:
+        harnesses = []
+        for path in CONFIGS:
+            if not path.stem.endswith(f'_{task}-{size}'):
+                continue
+            cfg = load(path).to_dict()
+            dims = cfg.pop('embed_dims')
+            for key in ('backbone', 'custom_imports'):
+                cfg.pop(key)
+            assert cfg['model'].pop('backbone')
+            if task == 'camvid':
+                assert cfg['model']['decode_head'].pop('in_channels') == dims
+                assert cfg['model']['auxiliary_head'].pop('in_channels') == dims[2]
+            else:
+                assert cfg['model']['neck'].pop('in_channels') == dims
+            harnesses.append(cfg)
+        assert len(harnesses) >= 3
+        assert all(harness == harnesses[0] for harness in harnesses)
+
+
+@pytest.fixture
+def page(monkeypatch, tmp_path):
+    """The tool, which writes into a folder of the test."""
+    spec = importlib.util.spec_from_file_location(
+        'results_page', ROOT / 'tools' / 'analysis_tools' / 'results_page.py'
+    )
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    monkeypatch.setattr(tool, 'LOGS', tmp_path / 'results')
+    monkeypatch.setattr(tool, 'PAGE', tmp_path / 'results.md')
+    monkeypatch.setattr(tool, 'CURVES', tmp_path / 'curves.png')
+    tool.PAGE.write_text(f'# Mine\n\n{tool.BEGIN}old\n{tool.END}\nText.\n')
+    return tool
+
+
+def write_run(work_dir, config, seed, losses, last):
+    """A work directory as a training of as many iterations as losses leaves it."""
+    folder = work_dir / '20260101_000000' / 'vis_data'
+    folder.mkdir(parents=True)
+    path = ROOT / 'configs' / 'small_data' / f'{config}.py'
+    cfg = load(path)
+    cfg.randomness.seed = seed
+    cfg.train_cfg.update(max_iters=len(losses), val_interval=len(losses))
+    cfg.dump(folder / 'config.py')
+    cfg.dump(work_dir / path.name)
+    records = [
+        dict(iter=i, step=i, loss=loss, time=2.0, lr=0.1) for i, loss in enumerate(losses, start=1)
+    ]
+    records.append(dict(last, step=0))
+    (folder / 'scalars.json').write_text('\n'.join(map(json.dumps, records)))
+    return work_dir
+
+
+def test_page_from_work_directories(page, tmp_path, monkeypatch):
+    name = 'scalablevit-demo_upernet_camvid-320x240'
+    runs = [
+        write_run(tmp_path / f'seed{s}', name, s, [3.0, 2.0, 1.0], dict(mIoU=40.0 + s, aAcc=80.0))
+        for s in (0, 1)
+    ]
+    (runs[0] / 'peak_memory_kb').write_text('1500000\n')
+    monkeypatch.setattr(sys, 'argv', ['results_page.py', *map(str, runs)])
+    page.main()
+
+    log = json.loads((page.LOGS / f'{name}_seed1.json').read_text())
+    assert log['loss'] == [[1, 3.0], [2, 2.0], [3, 1.0]]
+    assert (log['metrics'], log['minutes']) == ({'mIoU': 41.0, 'pixel accuracy': 80.0}, 0.1)
+    text = page.PAGE.read_text()
+    assert text.startswith('# Mine\n')
+    assert text.endswith('\nText.\n')
+    assert 'old' not in text
+    (row,) = re.findall(r'\| \[ScalableViT, small\].*camvid.*', text)
+    cells = [cell.strip() for cell in row.split('|')[1:-1]]
+    assert cells[1:3] == ['40.0, 41.0', '80.0, 80.0']
+    assert cells[6:8] == ['0', '1.5']
+    assert len(re.findall('not run', text)) == 2 * (4 + 4 + 3)
+    assert page.CURVES.stat().st_size > 0
+
+
+def test_unfinished_training_is_refused(page, tmp_path):
+    name = 'retinanet_swin-demo_fpn_bccd-320x240'
+    run = write_run(tmp_path / 'run', name, 0, [3.0, 2.0], {})
+
+    with pytest.raises(UserError, match='no finished training of configs/small_data'):
+        page.compact_log(run)
+
+
+def test_committed_page_is_up_to_date(page):
+    found = ROOT / 'docs'
+    page.LOGS = found / 'results'
+    text = (found / 'results.md').read_text()
+
+    assert page.fill(text, page.read_logs()) == text
+
+
+def test_weights_are_released_in_half_precision(tmp_path, capsys):
+    weights = dict(weight=torch.full((2, 2), 1 / 3), count=torch.tensor(7))
+    torch.save(dict(state_dict=weights, optimizer={}), tmp_path / 'iter_800.pth')
+    publish = 'tools/model_converters/publish_model.py'
+    run_tool(publish, tmp_path / 'iter_800.pth', tmp_path / 'released', '--half')
+
+    (path,) = tmp_path.glob('released-*.pth')
+    released = torch.load(path, weights_only=True)['state_dict']
+    assert (released['weight'].dtype, released['count'].dtype) == (torch.float16, torch.int64)
+    assert released['weight'].float().allclose(weights['weight'], rtol=1e-3)
+    assert hashlib.sha256(path.read_bytes()).hexdigest().startswith(path.stem[-8:])

@@ -1,0 +1,208 @@
+# Copyright (c) mmscalablevit contributors. All rights reserved.
+"""Write the results on small public data sets from work directories.
+
+Each finished training becomes a compact log in ``docs/results/``, which git keeps; the tables and
+the curves of ``docs/results.md`` are made of all compact logs there. The text around the tables is
+written by hand, and is kept.
+"""
+
+import argparse
+import json
+import re
+import statistics
+from pathlib import Path
+
+import matplotlib
+import torch
+from matplotlib import pyplot as plt
+from mmengine.registry import MODELS, init_default_scope
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from mmscalablevit import cli, work_dirs
+from mmscalablevit.errors import UserError
+
+matplotlib.use('Agg')
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / 'configs' / 'small_data'
+LOGS = ROOT / 'docs' / 'results'
+PAGE = ROOT / 'docs' / 'results.md'
+CURVES = ROOT / 'docs' / 'images' / 'results_curves.png'
+BEGIN, END = '<!-- Tables by results_page.py, do not edit -->\n', '<!-- End of the tables -->\n'
+# End of the names of a harness's configs: its title, and its metrics by name in the logs. Those of
+# COCO are fractions there.
+TASKS = {
+    'bccd-320x240': ('RetinaNet on BCCD', ['coco/bbox_mAP', 'coco/bbox_mAP_50']),
+    'nuclei-256x256': ('Mask R-CNN on nuclei', ['coco/segm_mAP', 'coco/segm_mAP_50']),
+    'camvid-320x240': ('UperNet on CamVid', ['mIoU', 'aAcc']),
+}
+METRICS = {
+    'coco/bbox_mAP': 'box AP',
+    'coco/bbox_mAP_50': 'box AP50',
+    'coco/segm_mAP': 'mask AP',
+    'coco/segm_mAP_50': 'mask AP50',
+    'mIoU': 'mIoU',
+    'aAcc': 'pixel accuracy',
+}
+BACKBONES = {
+    'scalablevit-demo': 'ScalableViT, small',
+    'swin-demo': 'Swin, small',
+    'twins-svt-demo': 'Twins-SVT, small',
+    'r18': 'ResNet-18',
+}
+HEADER = ['Params (M)', 'GFLOPs', 's/iteration', 'Minutes', 'Memory (GB)', 'Logs']
+
+
+def count_backbone(cfg) -> tuple[float, float, float]:
+    """Millions of parameters of the model and its backbone, GFLOPs of the backbone at its input.
+
+    A FLOP is one multiply-add; attention's products are counted.
+    """
+    init_default_scope(cfg.default_scope)
+    model = MODELS.build(cfg.model)
+    width, height = map(int, re.search(r'(\d+)x(\d+)$', Path(cfg.filename).stem).groups())
+    counter = FlopCounterMode(display=False)
+    # Fused attention is one operator, which is not counted everywhere.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        model.backbone(torch.zeros(1, 3, height, width))
+    params = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (model, model.backbone)]
+    return *params, counter.get_total_flops() / 2 / 1e9
+
+
+def compact_log(work_dir: Path) -> dict:
+    """What the page says of a training, and its curve.
+
+    Args:
+        work_dir (Path): Its work directory, as ``tools/train_all.py`` writes it. A file
+            ``peak_memory_kb`` in it, of GNU ``time -f %M``, gives the memory.
+
+    Returns:
+        dict: Plain values.
+
+    Raises:
+        UserError: If the training has not finished, or is none of ``configs/small_data``.
+    """
+    run = work_dirs.read_run(work_dir)
+    task = next((task for task in TASKS if run.name.endswith(task)), None)
+    if task is None or run.state != 'finished':
+        raise UserError(f'{work_dir} is no finished training of configs/small_data: {run.state}')
+    last = run.validations[run.total].logged
+    params, backbone_params, gflops = count_backbone(cli.read_config(CONFIGS / f'{run.name}.py'))
+    memory = work_dir / 'peak_memory_kb'
+    return dict(
+        config=run.name,
+        seed=run.config.randomness.seed,
+        metrics={
+            METRICS[key]: round(last[key] * (100 if key.startswith('coco') else 1), 2)
+            for key in TASKS[task][1]
+        },
+        iterations=run.total,
+        batch_size=run.batch_size,
+        optimizer=run.config.optim_wrapper.type,
+        params_m=round(params, 2),
+        backbone_params_m=round(backbone_params, 2),
+        backbone_gflops=round(gflops, 3),
+        seconds_per_iteration=round(statistics.median(r['time'] for r in run.train.values()), 2),
+        minutes=round(run.hours * 60, 1),
+        memory_gb=round(int(memory.read_text()) / 1e6, 2) if memory.is_file() else None,
+        torch=torch.__version__,
+        loss=[[step, round(record['loss'], 4)] for step, record in sorted(run.train.items())],
+    )
+
+
+def log_name(log: dict) -> str:
+    """The file of a compact log."""
+    return f'{log["config"]}_seed{log["seed"]}.json'
+
+
+def read_logs() -> list[dict]:
+    """The compact logs, those of one config together, by seed."""
+    logs = [json.loads(path.read_text()) for path in LOGS.glob('*.json')]
+    return sorted(logs, key=lambda log: (log['config'], log['seed']))
+
+
+def find(backbone: str, task: str) -> str:
+    """The stem of a config."""
+    (path,) = (p for p in CONFIGS.glob(f'*{task}.py') if f'{backbone}_' in p.stem)
+    return path.stem
+
+
+def table(task: str, logs: list[dict]) -> str:
+    """The section of a data set."""
+    title, keys = TASKS[task]
+    metrics = [METRICS[key] for key in keys]
+    rows = []
+    for backbone, name in BACKBONES.items():
+        config = find(backbone, task)
+        runs = [log for log in logs if log['config'] == config]
+        link = f'[{name}](../configs/small_data/{config}.py)'
+        if not runs:
+            rows.append([link, *['not run'] * len(metrics), *['-'] * len(HEADER)])
+            continue
+        first = runs[0]
+        memories = [run['memory_gb'] for run in runs if run['memory_gb']]
+        rows.append(
+            [
+                link,
+                *(', '.join(f'{run["metrics"][metric]:.1f}' for run in runs) for metric in metrics),
+                f'{first["params_m"]:.2f}, backbone {first["backbone_params_m"]:.2f}',
+                f'{first["backbone_gflops"]:.2f}',
+                f'{statistics.median(run["seconds_per_iteration"] for run in runs):.2f}',
+                f'{statistics.median(run["minutes"] for run in runs):.0f}',
+                f'{max(memories):.1f}' if memories else '-',
+                ' '.join(f'[seed {run["seed"]}](results/{log_name(run)})' for run in runs),
+            ]
+        )
+    return f'### {title}\n\n' + cli.markdown_table(['Backbone', *metrics, *HEADER], rows)
+
+
+def draw(logs: list[dict]) -> None:
+    """Draw the loss over the iterations, a panel for each data set."""
+    figure, axes = plt.subplots(1, len(TASKS), figsize=(12, 3.2), constrained_layout=True)
+    for axis, (task, (title, _)) in zip(axes, TASKS.items(), strict=True):
+        for number, (backbone, name) in enumerate(BACKBONES.items()):
+            for log in logs:
+                if log['config'] == find(backbone, task):
+                    label = f'{name}, seed {log["seed"]}'
+                    axis.plot(*zip(*log['loss'], strict=True), color=f'C{number}', label=label)
+        axis.set(title=title, xlabel='iteration', ylabel='training loss', yscale='log')
+        axis.grid(alpha=0.3)
+        if axis.lines:
+            axis.legend()
+    figure.savefig(CURVES, dpi=110)
+    plt.close(figure)
+
+
+def fill(page: str, logs: list[dict]) -> str:
+    """Put the tables between the marks of a page."""
+    head, rest = page.split(BEGIN)
+    _, tail = rest.split(END)
+    return f'{head}{BEGIN}\n' + '\n'.join(table(task, logs) for task in TASKS) + f'\n{END}{tail}'
+
+
+def parse_args() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description='Write docs/results.md and its compact logs from work directories.',
+        epilog='example: python tools/analysis_tools/results_page.py work_dirs/*_bccd-320x240',
+    )
+    parser.add_argument('work_dirs', nargs='*', type=Path, help='of finished trainings')
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Write compact logs, the page and the curves."""
+    args = parse_args()
+    LOGS.mkdir(exist_ok=True)
+    for work_dir in args.work_dirs:
+        log = compact_log(work_dir)
+        text = re.sub(r'\[\n\s+(\d+),\n\s+([\d.]+)\n\s+\]', r'[\1, \2]', json.dumps(log, indent=1))
+        (LOGS / log_name(log)).write_text(text + '\n')
+    logs = read_logs()
+    PAGE.write_text(fill(PAGE.read_text(), logs))
+    draw(logs)
+
+
+if __name__ == '__main__':
+    cli.run(main)
