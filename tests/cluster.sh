@@ -55,7 +55,7 @@ slurm() {
 ClusterName=test
 SlurmctldHost=n1(10.77.0.1)
 SlurmUser=root
-AuthInfo=socket=$dir/munge.socket
+AuthInfo=socket=$dir/munge.socket,cred_expire=15
 StateSaveLocation=$dir/state
 SlurmctldPidFile=$dir/slurmctld.pid
 SlurmctldLogFile=$dir/slurmctld.log
@@ -74,6 +74,7 @@ NodeName=n1 NodeAddr=10.77.0.1 CPUs=4
 NodeName=n2 NodeAddr=10.77.0.2 CPUs=4
 PartitionName=cpu Nodes=n1,n2 Default=YES State=UP
 EOF
+    # A requeued job waits for cred_expire, by default two minutes.
     # Sockets are reached through the file system, so one munge serves both hosts.
     on n1 munged --force --socket="$dir/munge.socket" --key-file="$dir/munge.key" \
         --pid-file="$dir/munge.pid" --log-file="$dir/munge.log" --seed-file="$dir/munge.seed"
