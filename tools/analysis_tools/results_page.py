@@ -51,7 +51,7 @@ BACKBONES = {
     'twins-svt-demo': 'Twins-SVT, small',
     'r18': 'ResNet-18',
 }
-HEADER = ['Params (M)', 'GFLOPs', 's/iteration', 'Minutes', 'Memory (GB)', 'Logs']
+HEADER = ['Iterations', 'Params (M)', 'GFLOPs', 's/iteration', 'Minutes', 'Memory (GB)', 'Logs']
 
 
 def count_backbone(cfg) -> tuple[float, float, float]:
@@ -146,6 +146,7 @@ def table(task: str, logs: list[dict]) -> str:
             [
                 link,
                 *(', '.join(f'{run["metrics"][metric]:.1f}' for run in runs) for metric in metrics),
+                ', '.join(str(run['iterations']) for run in runs),
                 f'{first["params_m"]:.2f}, backbone {first["backbone_params_m"]:.2f}',
                 f'{first["backbone_gflops"]:.2f}',
                 f'{statistics.median(run["seconds_per_iteration"] for run in runs):.2f}',

@@ -7,6 +7,7 @@ _base_ = [
 ]
 # Images, and crops of 256x256 of them, at twice their size.
 model = dict(
+    neck=dict(norm_cfg=dict(type='BN')),
     rpn_head=dict(anchor_generator=dict(scales=[4])),
     roi_head=dict(bbox_head=dict(num_classes=1), mask_head=dict(num_classes=1)),
     test_cfg=dict(rcnn=dict(max_per_img=400)),

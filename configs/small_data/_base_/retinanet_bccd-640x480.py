@@ -5,7 +5,11 @@ _base_ = [
     '../../_base_/default_runtime_det.py',
     '../../_base_/schedules/schedule_small_data.py',
 ]
-model = dict(bbox_head=dict(num_classes=3))
+# Norms as in the smaller size, which did not learn from scratch without them.
+model = dict(
+    neck=dict(norm_cfg=dict(type='BN')),
+    bbox_head=dict(num_classes=3, norm_cfg=dict(type='GN', num_groups=32)),
+)
 
 
 def at_full_size(step):
