@@ -286,21 +286,7 @@ def read_image(path: Path) -> tuple[np.ndarray, int]:
 def write_report(
     det_dir: Path, seg_dir: Path, data: Path, out_dir: Path, num_images: int = 8
 ) -> list[Row]:
-    """Write ``curves.png``, ``detections.png``, ``segmentation.png`` and ``report.md``.
-
-    Args:
-        det_dir (Path): Work directory of the detector.
-        seg_dir (Path): Work directory of the segmentor.
-        data (Path): The data set that both were trained on.
-        out_dir (Path): The folder to write to; it is made if missing.
-        num_images (int): How many validation images to show. Defaults to 8.
-
-    Returns:
-        list[Row]: The table's rows.
-
-    Raises:
-        UserError: If a log, a metric, a checkpoint or an image is missing.
-    """
+    """Write ``curves.png``, ``detections.png``, ``segmentation.png`` and ``report.md``."""
     # Everything that can be missing is asked for before the slow part.
     folders = dict(detection=det_dir, segmentation=seg_dir)
     runs = {model: read_training(folders[model], METRICS[model]) for model in METRICS}

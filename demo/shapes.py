@@ -127,22 +127,7 @@ def _coverage(corners: np.ndarray, size: int) -> np.ndarray:
 def draw_image(
     rng: np.random.Generator, size: int = NOMINAL_SIZE
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Draw one image of three to six overlapping shapes on a textured background.
-
-    As with things in photographs, outline, texture and color hint at the class together. A shape
-    that would hide too much of an earlier one, or of which too little lies inside the image, is
-    drawn again, so every annotated shape can be made out and every drawn shape is annotated.
-
-    Args:
-        rng (np.random.Generator): The source of every random choice.
-        size (int): Height and width of the image in pixels. Defaults to 128, at which the shapes'
-            radii are 15 to 30 pixels; they scale with ``size``.
-
-    Returns:
-        tuple[np.ndarray, np.ndarray, np.ndarray]: The image, uint8 RGB, (size, size, 3); the
-        visible part of every shape, bool, (N, size, size), no two of which share a pixel; and the
-        indices into ``CLASSES``, int64, (N,).
-    """
+    """Draw one image of three to six overlapping shapes on a textured background."""
     scale = size / NOMINAL_SIZE
     image = _draw_background(rng, size)
     masks = np.zeros((0, size, size), bool)
@@ -323,31 +308,7 @@ def write_shapes(
     seed: int = 0,
     workers: int = 1,
 ) -> bool:
-    """Write the data set, unless it is there already.
-
-    Every image is seeded on its own, by ``seed``, split and index: the same arguments give the
-    same files, however many workers write them, and a longer set begins with a shorter one.
-    A set that was interrupted, lost files or was made with other arguments is written again.
-
-    Args:
-        out_dir (str | Path): The folder to write to; new, empty, or from an earlier call.
-        num_train (int): Number of training images. Defaults to 2000.
-        num_val (int): Number of validation images. Defaults to 200.
-        size (int): Height and width of the images in pixels, 32 to 1024. Defaults to 128.
-        seed (int): Seed of the whole set. Defaults to 0.
-        workers (int): Number of processes. Defaults to 1.
-
-    Returns:
-        bool: Whether it was written; False if a finished set with these arguments was found.
-
-    Raises:
-        ValueError: If an argument is out of range, or ``out_dir`` holds other files.
-        OSError: If ``out_dir`` cannot be written to.
-
-    Examples:
-        >>> write_shapes('data/shapes', num_train=20, num_val=5)  # doctest: +SKIP
-        True
-    """
+    """Write the data set, unless it is there already."""
     arguments = dict(num_train=num_train, num_val=num_val, size=size, seed=seed)
     _check_arguments(**arguments, workers=workers)
     arguments = dict(version=VERSION, **arguments)

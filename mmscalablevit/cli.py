@@ -80,17 +80,7 @@ def _last_line(error: Exception) -> str:
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that training and testing share.
-
-    Args:
-        parser (argparse.ArgumentParser): The parser to add to.
-
-    Example:
-        >>> parser = argparse.ArgumentParser()
-        >>> add_common_arguments(parser)
-        >>> parser.parse_args(['--launcher', 'slurm']).launcher
-        'slurm'
-    """
+    """Add the arguments that training and testing share."""
     parser.add_argument('--work-dir', help='folder of logs and checkpoints')
     parser.add_argument(
         '--cfg-options',
@@ -110,19 +100,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Parse the command line.
-
-    Args:
-        parser (argparse.ArgumentParser): A parser with the common arguments.
-
-    Returns:
-        argparse.Namespace: The arguments.
-
-    Example:
-        >>> parser = argparse.ArgumentParser()
-        >>> add_common_arguments(parser)
-        >>> args = parse_args(parser)  # doctest: +SKIP
-    """
+    """Parse the command line."""
     try:
         args = parser.parse_args()
     # mmengine's parser of options fails in its own ways on what it cannot read.
@@ -136,24 +114,7 @@ def parse_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def read_config(path: str, options: dict | None = None) -> Config:
-    """Read a config, put options into it and import its toolbox.
-
-    Args:
-        path (str): The config.
-        options (dict, optional): Settings that replace those of the config, by dotted key.
-
-    Returns:
-        Config: The config.
-
-    Raises:
-        UserError: If the config cannot be read, an option does not fit it, or its toolbox is not
-            installed.
-
-    Example:
-        >>> path = 'configs/detection/mask-rcnn_scalablevit-s_fpn_1x_coco.py'
-        >>> read_config(path, {'train_cfg.max_epochs': 1}).train_cfg.max_epochs  # doctest: +SKIP
-        1
-    """
+    """Read a config, put options into it and import its toolbox."""
     if not osp.isfile(path):
         raise UserError(f'config {path} does not exist')
     try:
@@ -174,25 +135,7 @@ def read_config(path: str, options: dict | None = None) -> Config:
 
 
 def load_config(args: argparse.Namespace) -> Config:
-    """Read the config and put the common arguments into it.
-
-    Args:
-        args (argparse.Namespace): The arguments ``config``, ``work_dir``, ``cfg_options`` and
-            ``launcher``.
-
-    Returns:
-        Config: The config; ``work_dir`` is set.
-
-    Raises:
-        UserError: See ``read_config``.
-
-    Example:
-        >>> args = argparse.Namespace(
-        ...     config='configs/detection/mask-rcnn_scalablevit-s_fpn_1x_coco.py',
-        ...     work_dir=None, cfg_options={'train_cfg.max_epochs': 1}, launcher='none')
-        >>> load_config(args).work_dir  # doctest: +SKIP
-        './work_dirs/mask-rcnn_scalablevit-s_fpn_1x_coco'
-    """
+    """Read the config and put the common arguments into it."""
     cfg = read_config(args.config, args.cfg_options)
     cfg.launcher = args.launcher
     name = osp.splitext(osp.basename(args.config))[0]
@@ -203,23 +146,7 @@ def load_config(args: argparse.Namespace) -> Config:
 def markdown_table(
     header: Sequence[str], rows: Iterable[Sequence[str]], width: int = 10_000
 ) -> str:
-    """Format rows as a Markdown table that also reads well in a terminal.
-
-    Args:
-        header (Sequence[str]): The names of the columns.
-        rows (Iterable[Sequence[str]]): The cells of each row.
-        width (int): Characters in a line; a table that is wider is folded, for terminals. Defaults
-            to 10,000, which folds none.
-
-    Returns:
-        str: The lines of the table, ending in a newline.
-
-    Example:
-        >>> print(markdown_table(['model', 'mIoU'], [['UperNet', '48.5']]), end='')
-        | model   | mIoU |
-        |---------|------|
-        | UperNet | 48.5 |
-    """
+    """Format rows as a Markdown table that also reads well in a terminal."""
     table = Table(*header, box=MARKDOWN)
     for row in rows:
         table.add_row(*(cell.replace('|', r'\|') for cell in row))
@@ -231,22 +158,7 @@ def markdown_table(
 
 
 def build_runner(cfg: Config) -> Runner:
-    """Build the runner that a config names, or ``SafeRunner``.
-
-    Args:
-        cfg (Config): The config.
-
-    Returns:
-        Runner: The runner.
-
-    Raises:
-        UserError: If something in the config is wrong.
-
-    Example:
-        >>> cfg = read_config('configs/detection/mask-rcnn_scalablevit-s_fpn_1x_coco.py')
-        >>> cfg.work_dir = '/tmp/work_dir'
-        >>> build_runner(cfg).train()  # doctest: +SKIP
-    """
+    """Build the runner that a config names, or ``SafeRunner``."""
     cfg.setdefault('runner_type', 'SafeRunner')
     with config_errors(cfg):
         return RUNNERS.build(cfg)

@@ -68,12 +68,7 @@ def _release(version: str) -> tuple[int, ...]:
 
 
 def torchvision_requirement() -> str:
-    """Return the arguments of ``pip install`` for the torchvision that fits the installed torch.
-
-    Example:
-        >>> torchvision_requirement()  # with torch 2.14.1+cpu
-        'torchvision==0.29.1 --index-url https://download.pytorch.org/whl/cpu'
-    """
+    """Return the arguments of ``pip install`` for the torchvision that fits the installed torch."""
     release, _, build = importlib.metadata.version('torch').partition('+')
     major, minor, patch = release.split('.')[:3]
     # torch 2.4 has 0.19, and so on.
@@ -90,11 +85,6 @@ def torchvision_fault() -> str | None:
 
     mmpretrain imports torchvision, and mmdet imports mmpretrain where it is installed: a
     torchvision whose compiled half is of another build than torch breaks both.
-
-    Example:
-        >>> from mmscalablevit.compat import torchvision_fault
-        >>> torchvision_fault() is None
-        True
     """
     cure = f'`pip install --force-reinstall --no-deps {torchvision_requirement()}`'
     try:

@@ -20,19 +20,7 @@ class CheckpointError(RuntimeError):
 
 
 def one_line(text: object, width: int = 100) -> str:
-    r"""Text of a foreign file as a message can show it: one line, short, without control codes.
-
-    Args:
-        text (object): The text, or what is to be shown as text.
-        width (int): Longest result. Defaults to 100.
-
-    Returns:
-        str: The text.
-
-    Example:
-        >>> one_line('weight\n' * 100, 20)
-        'weight weight w ...'
-    """
+    """Text of a foreign file as a message can show it: one line, short, without control codes."""
     # Cut first: the text may be of any length.
     words = ' '.join(str(text)[: 4 * width].split())
     shown = ''.join(c if c.isprintable() else '?' for c in words)
@@ -40,18 +28,7 @@ def one_line(text: object, width: int = 100) -> str:
 
 
 def shorten(names: list) -> str:
-    """List the first of many names.
-
-    Args:
-        names (list): The names.
-
-    Returns:
-        str: The first four, and how many more there are.
-
-    Example:
-        >>> shorten(['a', 'b', 'c', 'd', 'e', 'f'])
-        'a, b, c, d, ... 2 more'
-    """
+    """List the first of many names."""
     shown = ', '.join(map(one_line, names[:_SHOWN_NAMES]))
     more = len(names) - _SHOWN_NAMES
     return f'{shown}, ... {more} more' if more > 0 else shown
@@ -66,27 +43,7 @@ class UserError(Exception):
 
 
 def explain(error: Exception, place: str) -> None:
-    """Turn an error that says by itself what is wrong in a config into a ``UserError``.
-
-    Such are types that are not registered, arguments that a class does not take or that its
-    ``__init__`` refuses, and what this package refuses. Any other error, perhaps of code that is
-    being written, gets the place as a note below its traceback.
-
-    Args:
-        error (Exception): What was raised, with its traceback.
-        place (str): What failed, and its config.
-
-    Raises:
-        UserError: In place of the error.
-
-    Example:
-        >>> try:
-        ...     [].pop()
-        ... except IndexError as error:
-        ...     explain(error, 'model of my_config.py')
-        ...     error.__notes__  # doctest: +SKIP
-        ['(model of my_config.py)']
-    """
+    """Turn an error that says by itself what is wrong in a config into a ``UserError``."""
     if isinstance(error, (UserError, CheckpointError, DataError, OSError)):
         return
     # str() of a KeyError is its message in quotes.
@@ -112,21 +69,7 @@ def add_note(error: Exception, note: str) -> None:
 
 @contextlib.contextmanager
 def config_errors(cfg: Config, fails: str = 'cannot be built') -> Iterator[None]:
-    """Explain the errors of building from a config, see ``explain``.
-
-    Args:
-        cfg (Config): The config.
-        fails (str): What the config does, for the message. Defaults to 'cannot be built'.
-
-    Raises:
-        UserError: In place of what the registry raises for unknown types and arguments.
-
-    Example:
-        >>> with config_errors(Config(filename='my_config.py')):
-        ...     MODELS.build(dict(type='NoSuchModel'))  # doctest: +SKIP
-        Traceback (most recent call last):
-        mmscalablevit.errors.UserError: config my_config.py cannot be built: KeyError: ...
-    """
+    """Explain the errors of building from a config, see ``explain``."""
     try:
         yield
     except Exception as error:

@@ -11,14 +11,7 @@ from .errors import UserError
 
 @dataclass(frozen=True)
 class Published:
-    """A model of a metafile.
-
-    Args:
-        name (str): The stem of its config.
-        config (Path): Its config.
-        metrics (dict[str, float]): Published results by name; empty where none were published.
-        source (str): Where they come from.
-    """
+    """A model of a metafile."""
 
     name: str
     config: Path
@@ -27,22 +20,7 @@ class Published:
 
 
 def read_published(configs: Path) -> dict[str, Published]:
-    """Read the metafiles of the configs.
-
-    Args:
-        configs (Path): The folder ``configs`` of the repository or of an installed package.
-
-    Returns:
-        dict[str, Published]: Models by the stem of their config.
-
-    Raises:
-        UserError: If a metafile is no YAML of the kind that MIM reads.
-
-    Example:
-        >>> models = read_published(Path('configs'))  # doctest: +SKIP
-        >>> models['mask-rcnn_scalablevit-s_fpn_1x_coco'].metrics  # doctest: +SKIP
-        {'box AP': 45.8, 'mask AP': 41.7}
-    """
+    """Read the metafiles of the configs."""
     models = {}
     for path in sorted(configs.glob('*/metafile.yml')):
         try:

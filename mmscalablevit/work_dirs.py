@@ -43,13 +43,7 @@ _TRAINING_STATE = {'meta', 'message_hub', 'optimizer'}
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Metrics of one checkpoint, by published name and on the published scale.
-
-    Args:
-        step (int, optional): Its epoch or iteration, if known.
-        metrics (dict[str, float]): The metrics.
-        logged (dict): The record of the log, keys and scale of the toolbox.
-    """
+    """Metrics of one checkpoint, by published name and on the published scale."""
 
     step: int | None
     metrics: dict[str, float]
@@ -58,26 +52,7 @@ class Evaluation:
 
 @dataclass
 class Run:
-    """What a work directory holds of one training and its continuations.
-
-    Args:
-        work_dir (Path): The ``--work-dir`` of ``tools/train.py``.
-        name (str): The stem of the config.
-        config (Config, optional): The config as the last training ran it, options included; None
-            if there are only tests.
-        unit (str): What steps count: 'epoch' or 'iteration'.
-        total (int): Steps the training shall have.
-        train (dict[int, dict]): Training records by iteration, with ``time`` in seconds per
-            iteration, ``images`` per iteration, ``span`` the iterations it stands for and, on
-            GPUs, ``memory`` in MB.
-        validations (dict[int, Evaluation]): Validations by step; a test of a checkpoint stands in
-            for a validation that is missing.
-        tta (list[Evaluation]): Tests with augmentation, oldest first.
-        test_configs (list[Config]): The configs of the tests in ``validations`` and ``tta``.
-        epoch_length (int, optional): Iterations of an epoch, where known.
-        batch_size (int): Images per iteration of the last training, all processes together.
-        updated (float): When anything was logged last, in seconds since 1970.
-    """
+    """What a work directory holds of one training and its continuations."""
 
     work_dir: Path
     name: str
@@ -185,21 +160,7 @@ class _Session:
 
 
 def find_work_dirs(folders: list[Path]) -> list[Path]:
-    """Find work directories: the given ones, or all those below a folder, like ``work_dirs``.
-
-    Args:
-        folders (list[Path]): The folders.
-
-    Returns:
-        list[Path]: Work directories, each once.
-
-    Raises:
-        UserError: If a folder does not exist or holds no training.
-
-    Example:
-        >>> find_work_dirs([Path('work_dirs')])  # doctest: +SKIP
-        [Path('work_dirs/mask-rcnn_scalablevit-s_fpn_1x_coco')]
-    """
+    """Find work directories: the given ones, or all those below a folder, like ``work_dirs``."""
     found = []
     for folder in folders:
         if not folder.is_dir():
@@ -260,18 +221,7 @@ def read_run(work_dir: Path) -> Run:
 
 
 def checkpoint_step(name: str) -> int | None:
-    """The epoch or iteration in the name of a checkpoint of mmengine.
-
-    Args:
-        name (str): The name or path.
-
-    Returns:
-        int | None: None where the name has none.
-
-    Example:
-        >>> checkpoint_step('best_mIoU_iter_16000.pth')
-        16000
-    """
+    """The epoch or iteration in the name of a checkpoint of mmengine."""
     found = _CHECKPOINT_STEP.search(name)
     return int(found[2]) if found else None
 
@@ -323,23 +273,7 @@ def find_checkpoint(work_dir: str) -> str | None:
 
 
 def use_checkpoint_seed(cfg: Config, checkpoint: str) -> None:
-    """Give a config without a seed the one of a checkpoint, for its data to come in that order.
-
-    Args:
-        cfg (Config): The config.
-        checkpoint (str): The checkpoint to resume from.
-
-    Raises:
-        CheckpointError: If the config has no seed and the checkpoint cannot be read.
-
-    Example:
-        >>> import torch
-        >>> torch.save(dict(state_dict={}, meta=dict(seed=7)), '/tmp/seeded.pth')
-        >>> cfg = Config()
-        >>> use_checkpoint_seed(cfg, '/tmp/seeded.pth')
-        >>> cfg.randomness
-        {'seed': 7}
-    """
+    """Give a config without a seed the one of a checkpoint, for its data to come in that order."""
     randomness = cfg.get('randomness') or {}
     # The checkpoint is large, and the runner reads it once more.
     if randomness.get('seed') is not None:

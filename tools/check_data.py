@@ -36,24 +36,7 @@ OFFICIAL_COUNTS = {
 
 
 def check_dataset(cfg: Config, loader: str, leaf: ConfigDict, full: bool) -> tuple[str, Findings]:
-    """Check one data set of a config.
-
-    Args:
-        cfg (Config): The config.
-        loader (str): Key of the data loader.
-        leaf (ConfigDict): The data set's config.
-        full (bool): Whether every image is opened and not a sample.
-
-    Returns:
-        tuple[str, Findings]: What the set holds, and its faults.
-
-    Raises:
-        UserError: If it is not of a kind that can be checked.
-
-    Example:
-        >>> dataset = cfg.train_dataloader.dataset  # doctest: +SKIP
-        >>> check_dataset(cfg, 'train_dataloader', dataset, full=False)  # doctest: +SKIP
-    """
+    """Check one data set of a config."""
     findings = Findings()
     root = leaf.get('data_root')
     if root and '://' not in root and not all_exist([(osp.isdir, root)], findings):

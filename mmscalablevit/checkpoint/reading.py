@@ -92,20 +92,7 @@ def read_checkpoint(filename: str, map_location: str | torch.device | None = Non
 
 
 def check_file(filename: str) -> None:
-    """Check that a checkpoint is a file that can be opened.
-
-    Args:
-        filename (str): A local path.
-
-    Raises:
-        FileNotFoundError: If there is nothing of that name.
-        CheckpointError: If it is no regular file, or may not be read.
-
-    Example:
-        >>> check_file('/tmp')
-        Traceback (most recent call last):
-        mmscalablevit.errors.CheckpointError: checkpoint /tmp is a directory or device, not a file
-    """
+    """Check that a checkpoint is a file that can be opened."""
     try:
         # Before it is opened: that would wait for the other end of a pipe.
         regular = stat.S_ISREG(os.stat(filename).st_mode)
@@ -127,27 +114,6 @@ def find_weights(
 
     What ``torch.compile``, distributed training, FSDP and moving averages put into names is
     removed, counters of the latter are left out, and both are logged.
-
-    Args:
-        checkpoint (dict): What the file holds.
-        filename (str): The file, for the message.
-        wrappers (tuple[str, ...]): Keys under which weights are looked for; the first that holds a
-            dict is taken, and the log names the others. Defaults to 'state_dict'; if there is
-            none, the whole file is weights.
-
-    Returns:
-        dict[str, Tensor]: The weights; the same object as in the checkpoint if no name changes.
-
-    Raises:
-        CheckpointError: If there are none, a name is no string, two names mean the same weight, or
-            a value is no dense tensor.
-
-    Example:
-        >>> list(find_weights(dict(state_dict={'module._orig_mod.bias': torch.ones(1)}), 'a.pth'))
-        ['bias']
-        >>> find_weights(dict(state_dict=[1, 2]), 'a.pth')
-        Traceback (most recent call last):
-        mmscalablevit.errors.CheckpointError: checkpoint a.pth holds entries that are no tensors ...
     """
     found = [key for key in wrappers if isinstance(checkpoint.get(key), dict)]
     if found[1:]:
@@ -182,20 +148,6 @@ def check_values(
     """Check that weights are numbers, and of a precision that a model's parameters can hold.
 
     Lower precision than the model's is exact there, so it is taken, with a line in the log.
-
-    Args:
-        weights (dict[str, Tensor]): The weights.
-        filename (str): The file, for the message.
-        parameters (dict[str, Tensor], optional): The model's, by the same names; weights of other
-            names are of any type. Defaults to None, for weights in any floating-point precision.
-
-    Raises:
-        CheckpointError: If a weight is of another type, or holds NaN or infinite values.
-
-    Example:
-        >>> check_values({'bias': torch.tensor([torch.nan])}, 'a.pth')
-        Traceback (most recent call last):
-        mmscalablevit.errors.CheckpointError: checkpoint a.pth holds NaN or infinite values in bias
     """
     widened = {}
     for name, tensor in weights.items():
@@ -257,20 +209,7 @@ def load_weights(model: nn.Module, filename: str, config: str) -> dict:
 
 
 def misfit(filename: str, config: str, error: Exception) -> CheckpointError:
-    """Return the error for a checkpoint on which ``load_state_dict`` failed.
-
-    Args:
-        filename (str): The checkpoint.
-        config (str): The model's config.
-        error (Exception): What was raised.
-
-    Returns:
-        CheckpointError: One sentence with the first three differences.
-
-    Example:
-        >>> misfit('a.pth', 'my_config.py', RuntimeError('Missing key(s): "bias"'))
-        CheckpointError('checkpoint a.pth does not fit the model of my_config.py: Missing key ...
-    """
+    """Return the error for a checkpoint on which ``load_state_dict`` failed."""
     # The first line only says that model and checkpoint differ.
     lines = [line for line in str(error).splitlines() if line.strip()]
     lines = lines[1:] or lines

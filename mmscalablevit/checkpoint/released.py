@@ -136,22 +136,7 @@ def read_weights(checkpoint: str, map_location: str = 'cpu') -> dict[str, Tensor
 def load_from_scalablevit(
     address: str, map_location: str | torch.device | None = None
 ) -> dict[str, dict]:
-    """Mmengine's loader of released weights by name: those of an mmpretrain classifier.
-
-    Args:
-        address (str): See :func:`fetch_released`.
-        map_location (str | torch.device | None): Device of the tensors. Defaults to None, the CPU.
-
-    Returns:
-        dict: Weights under ``state_dict``, and the arch under ``meta``. With ``init_cfg`` the
-        backbone reads the address itself, strictly.
-
-    Raises:
-        CheckpointError: If the file cannot be had, or is no released classifier.
-
-    Example:
-        >>> CheckpointLoader.load_checkpoint('scalablevit://small')  # doctest: +SKIP
-    """
+    """Mmengine's loader of released weights by name: those of an mmpretrain classifier."""
     weights = read_weights(address, map_location or 'cpu')
     state, arch = as_classifier(MODELS.get('ScalableViT'), weights, address)
     print_log(f'{address} holds a classifier of arch {arch!r}', logger='current')
@@ -163,29 +148,7 @@ def load_from_scalablevit(
 def split_backbone(
     weights: dict[str, Tensor], checkpoint: str, prefix: str | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Split weights into those of the backbone, in the released names, and all others.
-
-    Args:
-        weights (dict[str, Tensor]): Weights as in the file.
-        checkpoint (str): The file, for messages.
-        prefix (str, optional): Beginning of the backbone's names. Defaults to None: ``backbone.``
-            if there are such names, otherwise none.
-
-    Returns:
-        tuple[dict, dict]: Weights of the backbone (of a bare classifier also its ``norm`` and
-        ``head``), and the others under their own names.
-
-    Raises:
-        CheckpointError: If no name has the prefix, or two names mean the same.
-
-    Example:
-        >>> import torch
-        >>> zeros = torch.zeros(8)
-        >>> weights = {'backbone.blocks.0.0.norm1.bias': zeros, 'neck.bias': zeros}
-        >>> backbone, others = split_backbone(weights, 'detector.pth')
-        >>> list(backbone), list(others)
-        (['stages.0.0.norm1.bias'], ['neck.bias'])
-    """
+    """Split weights into those of the backbone, in the released names, and the others."""
     found = prefix is None
     if found:
         prefix = 'backbone.' if any(name.startswith('backbone.') for name in weights) else ''
@@ -211,53 +174,17 @@ def split_backbone(
 
 
 def released_name(name: str) -> str:
-    """Translate a name of the authors' detection code into that of the released code.
-
-    Args:
-        name (str): A parameter of the backbone, in either naming.
-
-    Returns:
-        str: Its name in the released classification code.
-
-    Example:
-        >>> released_name('blocks.2.4.attn.lepe_func.weight')
-        'stages.2.4.attn.lim_func.weight'
-    """
+    """Translate a name of the authors' detection code into that of the released code."""
     return re.sub(r'\.attn\.lepe_func\.', '.attn.lim_func.', re.sub(r'^blocks\.', 'stages.', name))
 
 
 def detection_name(name: str) -> str:
-    """Translate a released name into that of the authors' detection code.
-
-    Args:
-        name (str): A parameter of the backbone in the released naming.
-
-    Returns:
-        str: Its name in the authors' detection code.
-
-    Example:
-        >>> detection_name('stages.2.4.attn.lim_func.weight')
-        'blocks.2.4.attn.lepe_func.weight'
-    """
+    """Translate a released name into that of the authors' detection code."""
     return re.sub(r'\.attn\.lim_func\.', '.attn.lepe_func.', re.sub(r'^stages\.', 'blocks.', name))
 
 
 def nearest_arch(model_type: type[nn.Module], weights: dict[str, Tensor]) -> tuple[str, bool]:
-    """Find the named arch whose parameters are most like those of a checkpoint.
-
-    Args:
-        model_type (type[nn.Module]): ``ScalableViT``.
-        weights (dict[str, Tensor]): The backbone's weights in the released names.
-
-    Returns:
-        tuple[str, bool]: A name of ``arch_zoo``, and whether all names and shapes agree, but for
-        norms after the stages and what belongs to a classifier.
-
-    Example:
-        >>> from mmscalablevit import ScalableViT
-        >>> nearest_arch(ScalableViT, ScalableViT('s-merged').state_dict())
-        ('small-merged', True)
-    """
+    """Return the named arch most like a checkpoint, and whether all names and shapes agree."""
     trunk = {k: v.shape for k, v in weights.items() if k.split('.')[0] in _PER_STAGE[:3]}
     num_stages = len({name.split('.')[1] for name in trunk if '.' in name})
     in_channels = _in_channels(weights)
@@ -311,27 +238,7 @@ def recognize(model_type: type[nn.Module], weights: dict[str, Tensor], checkpoin
 def as_classifier(
     model_type: type[nn.Module], weights: dict[str, Tensor], checkpoint: str
 ) -> tuple[dict[str, Tensor], str]:
-    """Rename the weights of a released classifier to those of an mmpretrain classifier.
-
-    Args:
-        model_type (type[nn.Module]): ``ScalableViT``.
-        weights (dict[str, Tensor]): All weights of the file, in the authors' naming.
-        checkpoint (str): The file, for messages.
-
-    Returns:
-        tuple[dict, str]: The weights under ``backbone.`` and ``head.fc.``, and the arch.
-
-    Raises:
-        CheckpointError: If the file is not a whole classifier.
-
-    Example:
-        >>> from mmscalablevit import ScalableViT
-        >>> model = ScalableViT('small', stage_norm=None, final_norm=True)
-        >>> head = {'head.weight': torch.ones(5, 512), 'head.bias': torch.ones(5)}
-        >>> state, arch = as_classifier(ScalableViT, {**model.state_dict(), **head}, 'small.pth')
-        >>> arch, list(state)[-1]
-        ('small', 'head.fc.bias')
-    """
+    """Rename the weights of a released classifier to those of an mmpretrain classifier."""
     inside, outside = split_backbone(weights, checkpoint)
     head = {name: tensor for name, tensor in inside.items() if name.startswith('head.')}
     backbone = {name: tensor for name, tensor in inside.items() if name not in head}
@@ -351,22 +258,7 @@ def as_classifier(
 
 
 def check_fit(model: nn.Module, state: dict[str, Tensor], checkpoint: str) -> None:
-    """Check that weights have exactly the names and shapes of a model's parameters.
-
-    Args:
-        model (nn.Module): A ``ScalableViT``.
-        state (dict[str, Tensor]): Weights in the released names.
-        checkpoint (str): The file, for the message.
-
-    Raises:
-        CheckpointError: If they do not; the message names the ``arch`` that fits, or lists the
-            names.
-
-    Example:
-        >>> from mmscalablevit import ScalableViT
-        >>> model = ScalableViT('small')
-        >>> check_fit(model, model.state_dict(), 'small.pth')
-    """
+    """Check that weights have exactly the names and shapes of a model's parameters."""
     parameters = model.state_dict()
     missing = [name for name in parameters if name not in state]
     unexpected = [name for name in state if name not in parameters]
@@ -386,18 +278,7 @@ def check_fit(model: nn.Module, state: dict[str, Tensor], checkpoint: str) -> No
 
 
 def module_names(names: Iterable[str]) -> list[str]:
-    """Cut parameter names to the modules that a reader wants to know of.
-
-    Args:
-        names (Iterable[str]): Names of parameters.
-
-    Returns:
-        list[str]: Names such as ``stages.3`` or ``head``, each once, in their order.
-
-    Example:
-        >>> module_names(['stages.3.0.norm1.bias', 'stages.3.1.norm1.bias', 'head.0.bias'])
-        ['stages.3', 'head']
-    """
+    """Cut parameter names to the modules that a reader wants to know of."""
     parts = [name.split('.') for name in names]
     return list(dict.fromkeys('.'.join(p[: 2 if p[0] in _PER_STAGE else 1]) for p in parts))
 

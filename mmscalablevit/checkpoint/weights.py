@@ -77,41 +77,13 @@ _PREFIXES = (
 
 
 def use_safe_loader() -> None:
-    """Make mmengine read every checkpoint of this process without running pickled code.
-
-    mmengine falls back to unrestricted unpickling where a safe read fails, and the list of names
-    it considers safe holds ``getattr``. All prefixes that it registers itself are read by
-    :func:`load_from_address`; a loader that somebody else registered stays as it is. The tools call
-    this; importing the package does not, for other people's scripts to keep the loader they know.
-
-    Example:
-        >>> use_safe_loader()
-    """
+    """Make mmengine read every checkpoint of this process without running pickled code."""
     CheckpointLoader.register_scheme(_PREFIXES, load_from_address, force=True)
 
 
 # mmengine's log line shows the name of a loader without its first ten letters.
 def load_from_address(address: str, map_location: str | torch.device | None = None) -> dict:
-    """Read a checkpoint from a path or an address with :func:`read_checkpoint`.
-
-    Args:
-        address (str): A path, ``file://``, ``http(s)://``, ``torchvision://``,
-            ``open-mmlab://``, or what a file backend of mmengine reads.
-        map_location (str | torch.device | None): Device of the tensors. Defaults to None, the
-            device they were saved from.
-
-    Returns:
-        dict: What the file holds; weights under ``state_dict`` without the names of wrappers.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        CheckpointError: If the address is unknown, or see :func:`read_checkpoint`.
-
-    Example:
-        >>> torch.save(dict(state_dict=dict(weight=torch.zeros(2))), '/tmp/checkpoint.pth')
-        >>> load_from_address('file:///tmp/checkpoint.pth').keys()
-        dict_keys(['state_dict'])
-    """
+    """Read a checkpoint from a path or an address with :func:`read_checkpoint`."""
     scheme, _, name = address.rpartition('://')
     if scheme in _ZOOS:
         urls = _ZOOS[scheme]()
@@ -133,22 +105,7 @@ def load_from_address(address: str, map_location: str | torch.device | None = No
 
 
 def download(url: str) -> str:
-    """Download a checkpoint, once for all processes of this machine.
-
-    Args:
-        url (str): The address. Eight or more hexadecimal digits before the ending of its name,
-            ``NAME-0123abcd.pth``, are those of the file's SHA-256, which is then compared.
-
-    Returns:
-        str: The file in the cache of ``torch.hub``.
-
-    Raises:
-        CheckpointError: If it cannot be downloaded, or has another hash.
-
-    Example:
-        >>> download('https://example.com/scalablevit-s.pth')  # doctest: +SKIP
-        '~/.cache/torch/hub/checkpoints/scalablevit-s.pth'
-    """
+    """Download a checkpoint, once for all processes of this machine."""
     name = osp.basename(urlparse(url).path)
     # Published files carry eight or more digits of their hash; fewer may be a word's end.
     digits = re.search(r'-([0-9a-f]{8,})\.', name)
@@ -209,12 +166,7 @@ def fetch_released(address: str) -> str:
 
 
 def cache_name(size: str) -> str:
-    """Name of a size's released file in torch hub's cache.
-
-    Example:
-        >>> cache_name('small')
-        'scalablevit-small_in1k.pth'
-    """
+    """Name of a size's released file in torch hub's cache."""
     return f'scalablevit-{size}_in1k.pth'
 
 

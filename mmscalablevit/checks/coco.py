@@ -24,22 +24,7 @@ REQUIRED_KEYS = dict(
 def check_coco_file(
     dataset: BaseDataset, with_masks: bool, evaluated: bool, findings: Findings
 ) -> dict | None:
-    """Check the annotation file of a data set.
-
-    Args:
-        dataset (BaseDataset): mmdet's ``CocoDataset``, not yet initialized.
-        with_masks (bool): Whether the pipeline loads masks.
-        evaluated (bool): Whether the set serves validation or test.
-        findings (Findings): Takes the faults.
-
-    Returns:
-        dict | None: The sound entries of images, annotations and categories; None if there is no
-        using the file.
-
-    Example:
-        >>> findings = Findings()
-        >>> entries = check_coco_file(dataset, True, False, findings)  # doctest: +SKIP
-    """
+    """Check an annotation file; return its sound entries, or None if it cannot be used."""
     entries = _read_coco(dataset.ann_file, findings)
     if entries is not None:
         _check_categories(dataset.ann_file, entries, dataset.metainfo['classes'], findings)
@@ -53,21 +38,7 @@ def check_coco_file(
 def check_coco(
     dataset: BaseDataset, with_masks: bool, evaluated: bool, full: bool, findings: Findings
 ) -> dict | None:
-    """Check a data set of COCO's format with its images.
-
-    Args:
-        dataset (BaseDataset): mmdet's ``CocoDataset``, not yet initialized.
-        with_masks (bool): Whether the pipeline loads masks.
-        evaluated (bool): Whether the set serves validation or test.
-        full (bool): Whether every image is opened and not a sample.
-        findings (Findings): Takes the faults.
-
-    Returns:
-        dict | None: As of ``check_coco_file``.
-
-    Example:
-        >>> check_coco(dataset, True, False, False, Findings())  # doctest: +SKIP
-    """
+    """Check a data set of COCO's format with its images."""
     path, folder = dataset.ann_file, dataset.data_prefix.get('img', '')
     if not all_exist([(osp.isfile, path), (osp.isdir, folder)], findings):
         return None
@@ -82,20 +53,7 @@ def check_coco(
 
 
 def check_boxes(dataset: BaseDataset, full: bool, findings: Findings) -> str:
-    """Check a data set of boxes in another format, such as PASCAL VOC, as it reads itself.
-
-    Args:
-        dataset (BaseDataset): A data set of mmdet, not yet initialized.
-        full (bool): Whether every image is opened and not a sample.
-        findings (Findings): Takes the faults.
-
-    Returns:
-        str: What the set holds.
-
-    Example:
-        >>> check_boxes(dataset, False, Findings())  # doctest: +SKIP
-        '205 images, 2804 objects, 3 classes'
-    """
+    """Check a data set of boxes in another format, such as PASCAL VOC, as it reads itself."""
     try:
         samples = dataset.load_data_list()
     except FileNotFoundError as error:
@@ -117,22 +75,7 @@ def check_boxes(dataset: BaseDataset, full: bool, findings: Findings) -> str:
 
 
 def warn_of_crowded(cfg: dict, entries: dict, path: str, findings: Findings) -> None:
-    """Warn of images that hold more objects than the model returns.
-
-    Args:
-        cfg (dict): The model's config.
-        entries (dict): What ``check_coco_file`` returned.
-        path (str): The annotation file, for the message.
-        findings (Findings): Takes the warning.
-
-    Example:
-        >>> findings = Findings()
-        >>> images, annotations = [dict(id=1, file_name='a.png')], [dict(image_id=1)] * 9
-        >>> entries = dict(images=images, annotations=annotations)
-        >>> warn_of_crowded(dict(test_cfg=dict(max_per_img=5)), entries, 'val.json', findings)
-        >>> list(findings.warnings.values())
-        [['a.png (9)']]
-    """
+    """Warn of images that hold more objects than the model returns."""
     test_cfg = cfg.get('test_cfg') or {}
     parts = [(f'model.test_cfg.{key}', test_cfg.get(key)) for key in ('rcnn', 'panoptic')]
     parts = [('model.test_cfg', test_cfg), *parts]
@@ -154,18 +97,7 @@ def warn_of_crowded(cfg: dict, entries: dict, path: str, findings: Findings) -> 
 
 
 def is_plain_coco(dataset: type) -> bool:
-    """Whether a data set class reads COCO's instance annotations as mmdet's ``CocoDataset`` does.
-
-    Args:
-        dataset (type): The class.
-
-    Returns:
-        bool: False for classes of other formats derived from it, such as LVIS or panoptic COCO.
-
-    Example:
-        >>> is_plain_coco(BaseDataset)
-        False
-    """
+    """Whether a data set class reads annotations as mmdet's ``CocoDataset`` does."""
     base = next((base for base in dataset.__mro__ if base.__name__ == 'CocoDataset'), None)
     readers = ('load_data_list', 'parse_data_info')
     return base is not None and all(getattr(dataset, x) is getattr(base, x) for x in readers)

@@ -39,20 +39,7 @@ _RANKS = dict(pytorch='RANK', slurm='SLURM_PROCID', mpi='OMPI_COMM_WORLD_RANK')
 
 
 def config_faults(cfg: Config, loops: Iterable[str], known: Iterable[str]) -> Iterator[str]:
-    """Find what is wrong in a config before anything is built from it.
-
-    Args:
-        cfg (Config): The config.
-        loops (Iterable[str]): The loops that will run: of 'train_loop', 'val_loop', 'test_loop'.
-        known (Iterable[str]): Top-level keys that something reads.
-
-    Yields:
-        str: A fault, with the key and what is allowed.
-
-    Example:
-        >>> next(config_faults(Config(dict(train_dataloadr=dict())), (), ['train_dataloader']))
-        "nothing reads the key 'train_dataloadr'; did you mean 'train_dataloader'?"
-    """
+    """Find what is wrong in a config before anything is built from it."""
     known = list(known)
     for key in cfg:
         # A config's own variables, such as data_root, are read while it is parsed.
@@ -82,18 +69,6 @@ def data_set_faults(cfg: Config, loader: str, leaf: ConfigDict) -> Iterator[str]
     """Find what is wrong in a local data set of mmdet or mmseg before a model is built.
 
     Warnings are logged.
-
-    Args:
-        cfg (Config): The config.
-        loader (str): Key of the data loader.
-        leaf (ConfigDict): The data set's config, of no wrapper.
-
-    Yields:
-        str: A fault, with the file or key.
-
-    Example:
-        >>> next(data_set_faults(cfg, 'train_dataloader', leaf))  # doctest: +SKIP
-        'train.json: annotation of an image_id that is not listed: id 4'
     """
     findings = Findings()
     check_data_set(cfg, loader, leaf, findings)
@@ -108,24 +83,7 @@ def data_set_faults(cfg: Config, loader: str, leaf: ConfigDict) -> Iterator[str]
 def check_data_set(
     cfg: Config, loader: str, leaf: ConfigDict, findings: Findings, full: bool | None = None
 ) -> str | None:
-    """Check a data set of mmdet or mmseg.
-
-    Args:
-        cfg (Config): The config.
-        loader (str): Key of the data loader.
-        leaf (ConfigDict): The data set's config, of no wrapper.
-        findings (Findings): Takes the faults.
-        full (bool | None): Whether every image is opened, or a sample. Defaults to None: as much as
-            every start of a training can bear, no image.
-
-    Returns:
-        str | None: What the set holds, '' if it is unusable, None if it is of no kind that can be
-        checked.
-
-    Example:
-        >>> check_data_set(cfg, 'val_dataloader', leaf, Findings(), full=False)  # doctest: +SKIP
-        '87 images, 1137 annotations, 3 categories'
-    """
+    """Check a data set; return what it holds, '' if unusable, None if of an unknown kind."""
     with DATASETS.switch_scope_and_registry(cfg.get('default_scope')) as registry:
         kind = registry.get(leaf.type) if isinstance(leaf.get('type'), str) else leaf.get('type')
         bases = [base.__name__ for base in kind.__mro__] if inspect.isclass(kind) else []
@@ -198,22 +156,7 @@ def _check_coco(
 
 
 def class_faults(cfg: Config, loader: str, dataset: BaseDataset) -> Iterator[str]:
-    """Compare the heads of a model with the classes of a data set that was built.
-
-    Args:
-        cfg (Config): The config.
-        loader (str): Key of the data loader.
-        dataset (BaseDataset): The data set.
-
-    Yields:
-        str: A fault: both numbers, and the names of the classes.
-
-    Example:
-        >>> cfg = Config(dict(model=dict(head=dict(num_classes=3))))
-        >>> dataset = BaseDataset(lazy_init=True, metainfo=dict(classes=('cat', 'dog')))
-        >>> next(class_faults(cfg, 'train_dataloader', dataset))
-        'model.head.num_classes=3, but the BaseDataset of train_dataloader has 2 classes (cat, dog)'
-    """
+    """Compare the heads of a model with the classes of a data set that was built."""
     classes = getattr(dataset, 'metainfo', {}).get('classes')
     if not isinstance(classes, list | tuple):
         return
@@ -233,18 +176,7 @@ def class_faults(cfg: Config, loader: str, dataset: BaseDataset) -> Iterator[str
 
 
 def hook_faults(runner: Runner) -> Iterator[str]:
-    """Find arguments of the checkpoint hook that would fail at the first checkpoint only.
-
-    Args:
-        runner (Runner): The runner.
-
-    Yields:
-        str: An unknown argument.
-
-    Example:
-        >>> list(hook_faults(runner))  # doctest: +SKIP
-        ["CheckpointHook has no argument 'intervall'"]
-    """
+    """Find arguments of the checkpoint hook that would fail at the first checkpoint only."""
     known = inspect.signature(Runner.save_checkpoint).parameters
     for hook in runner.hooks:
         for key in getattr(hook, 'args', {}) if isinstance(hook, CheckpointHook) else ():
@@ -271,22 +203,7 @@ def _unmeasured(runner: Runner, hook: CheckpointHook) -> Iterator[str]:
 def other_classes(
     trained: Sequence[str] | None, wanted: Sequence[str] | None, loader: str
 ) -> tuple[str, bool]:
-    """Compare the classes of a checkpoint with those of a data set.
-
-    Args:
-        trained (Sequence[str], optional): The names in the checkpoint.
-        wanted (Sequence[str], optional): The names in the data set. Spellings may differ in case,
-            spaces, hyphens and underscores.
-        loader (str): Key of the data loader.
-
-    Returns:
-        tuple[str, bool]: What differs, and whether that makes results wrong, as the same classes in
-        another order do. ('', False) if nothing differs, or the numbers of classes do.
-
-    Example:
-        >>> other_classes(['dog', 'cat'], ['cat', 'dog'], 'test_dataloader')[1]
-        True
-    """
+    """Say what differs between classes, and whether that makes results wrong, as another order."""
     if not wanted or not trained or len(wanted) != len(trained):
         return '', False
     there, here = (
@@ -302,19 +219,7 @@ def other_classes(
 
 
 def head_classes(part: object, name: str = 'model') -> Iterator[tuple[str, int]]:
-    """Every ``num_classes`` of a model's config that counts the classes of the data set.
-
-    Args:
-        part (object): The model's config or a part of it.
-        name (str): Its key. Defaults to 'model'.
-
-    Yields:
-        tuple[str, int]: The key and its value.
-
-    Example:
-        >>> list(head_classes(dict(rpn_head=dict(num_classes=1), bbox_head=dict(num_classes=80))))
-        [('model.bbox_head.num_classes', 80)]
-    """
+    """Every ``num_classes`` of a model's config that counts the classes of the data set."""
     if isinstance(part, list | tuple):
         for i, item in enumerate(part):
             yield from head_classes(item, f'{name}.{i}')
@@ -357,22 +262,7 @@ def _only_formats(cfg: Config, loader: str) -> bool:
 
 
 def check_data(cfg: Config, loaders: Iterable[str]) -> None:
-    """Check files, folders and annotations of the data sets, before a model is built.
-
-    Args:
-        cfg (Config): The config.
-        loaders (Iterable[str]): Keys of the data loaders that will be used.
-
-    Raises:
-        UserError: If a path is missing or an annotation file of COCO's format has a fault; the
-            message names it.
-
-    Example:
-        >>> check_data(Config(dict(test_dataloader=dict(dataset=dict(
-        ...     data_root='data/coco', ann_file='val.json')))), ('test_dataloader',))
-        Traceback (most recent call last):
-        mmscalablevit.errors.UserError: test_dataloader: data/coco/val.json does not exist; ...
-    """
+    """Check files, folders and annotations of the data sets, before a model is built."""
     for loader in loaders:
         for key, path in _data_paths((cfg.get(loader) or {}).get('dataset') or {}):
             if '://' not in path and not osp.exists(path):

@@ -79,20 +79,7 @@ def read_size(path: str) -> tuple[int, int] | str:
 def check_images(
     images: list[tuple[str, tuple[int, int]]], source: str, full: bool, findings: Findings
 ) -> None:
-    """Check that images exist and have their annotated sizes.
-
-    Args:
-        images (list[tuple[str, tuple[int, int]]]): Path, width and height of each.
-        source (str): The file that lists them.
-        full (bool): Whether every image is opened and not a sample.
-        findings (Findings): Takes the faults.
-
-    Example:
-        >>> findings = Findings()
-        >>> check_images([('none.jpg', (640, 480))], 'train.json', False, findings)
-        >>> list(findings.lines())
-        ['error: image of train.json does not exist: none.jpg']
-    """
+    """Check that images exist and have their annotated sizes."""
     there = []
     for path, size in progress(images, len(images), 'images listed'):
         if not osp.isfile(path):

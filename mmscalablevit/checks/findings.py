@@ -7,15 +7,7 @@ _NAMED = 3
 
 
 class Findings:
-    """The faults of one data set, each with every place where it was found.
-
-    Example:
-        >>> findings = Findings()
-        >>> findings.error('image does not exist', '1.jpg')
-        >>> findings.error('image does not exist', '2.jpg')
-        >>> list(findings.lines())
-        ['error: image does not exist (2 times): 1.jpg, 2.jpg']
-    """
+    """The faults of one data set, each with every place where it was found."""
 
     def __init__(self) -> None:
         self.errors: dict[str, list[str]] = {}

@@ -20,20 +20,7 @@ _IGNORED = 255
 
 
 class LabelRule(NamedTuple):
-    """The values that a label map may hold.
-
-    Args:
-        num_classes (int): Number of classes.
-        ignore_index (int): The value of pixels without a class. Defaults to 255.
-        reduce_zero_label (bool): Whether 0 is ignored and 1 the first class. Defaults to False.
-
-    Example:
-        >>> rule = LabelRule(2, reduce_zero_label=True)
-        >>> rule.wrong(np.array([0, 1, 2, 3, 255])).tolist()
-        [3]
-        >>> rule.allowed()[:60]
-        'allowed are 1 to 2 for 2 classes with reduce_zero_label=True'
-    """
+    """The values that a label map may hold."""
 
     num_classes: int
     ignore_index: int = _IGNORED
@@ -71,20 +58,7 @@ def label_rule(dataset: BaseDataset) -> LabelRule:
 
 
 def check_segmentation(dataset: BaseDataset, full: bool, findings: Findings) -> str:
-    """Check images and their label maps.
-
-    Args:
-        dataset (BaseDataset): mmseg's ``BaseSegDataset``, not yet initialized.
-        full (bool): Whether every image is opened and not a sample.
-        findings (Findings): Takes the faults.
-
-    Returns:
-        str: What the set holds.
-
-    Example:
-        >>> check_segmentation(dataset, False, Findings())  # doctest: +SKIP
-        '40 images with masks, 150 classes'
-    """
+    """Check images and their label maps."""
     images, masks = (dataset.data_prefix.get(key, '') for key in ('img_path', 'seg_map_path'))
     needed = [(osp.isdir, images), (osp.isdir, masks)]
     if dataset.ann_file:
@@ -158,21 +132,7 @@ def _check_leftovers(folder: str, suffix: str, used: set[str], findings: Finding
 
 
 def ignore_faults(cfg: Config, loader: str, ignore_index: int) -> Iterator[str]:
-    """Find parts of a config that ignore another value than the data set.
-
-    Args:
-        cfg (Config): The config.
-        loader (str): Key of the data loader.
-        ignore_index (int): The value that its data set ignores.
-
-    Yields:
-        str: A fault, with the keys.
-
-    Example:
-        >>> cfg = Config(dict(model=dict(decode_head=dict(num_classes=11))))
-        >>> next(ignore_faults(cfg, 'train_dataloader', 11)).split(';')[0]
-        'train_dataloader.dataset.ignore_index=11, but model.decode_head.ignore_index=255'
-    """
+    """Find parts of a config that ignore another value than the data set."""
     others = [f'{key}={value}' for key, value in _ignored(cfg, loader) if value != ignore_index]
     if others:
         yield (

@@ -24,24 +24,7 @@ _FORMATS = {b'\xff\xd8': b'\xff\xd9', b'\x89PNG': b'IEND\xaeB`\x82'}
 
 
 def with_checks(dataset: dict) -> dict:
-    """Add checks of images and label maps to the pipelines of a data set.
-
-    Truncated images, images of another size than annotated, and label maps of another size or with
-    values that are no class, which OpenCV and the toolboxes let pass, are errors from then on; an
-    image that only lies on its side is warned of once.
-
-    Args:
-        dataset (dict): Config of a data set of a toolbox, or of a wrapper of some.
-
-    Returns:
-        dict: The config with ``CheckImage`` after the images and ``CheckLabelMap`` after the label
-        maps are loaded.
-
-    Example:
-        >>> cfg = dict(type='CocoDataset', pipeline=[dict(type='LoadImageFromFile')])
-        >>> [step['type'] for step in with_checks(cfg)['pipeline']]
-        ['LoadImageFromFile', 'CheckImage']
-    """
+    """Add checks of images and label maps to the pipelines of a data set."""
     dataset = copy.copy(dataset)
     if isinstance(dataset.get('dataset'), dict):
         dataset['dataset'] = with_checks(dataset['dataset'])
@@ -58,17 +41,7 @@ def with_checks(dataset: dict) -> dict:
 
 
 def explain_sample(error: Exception) -> None:
-    """Name the image in an error of a data pipeline.
-
-    Args:
-        error (Exception): What was raised, with its traceback.
-
-    Raises:
-        DataError: In place of an error in loading a file. Other errors get a note.
-
-    Example:
-        >>> explain_sample(ValueError('of no pipeline'))
-    """
+    """Name the image in an error of a data pipeline."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     samples = [frame.f_locals.get(name) for frame in frames for name in ('data', 'results')]
     places = [x for x in samples if isinstance(x, dict) and x.get('img_path')]
@@ -85,21 +58,7 @@ def explain_sample(error: Exception) -> None:
 
 
 def data_sets(dataset: object) -> Iterator[object]:
-    """The data sets inside wrappers such as RepeatDataset and ConcatDataset.
-
-    Args:
-        dataset (object): A data set or a wrapper, or the config of one.
-
-    Yields:
-        object: The data sets that have no other inside.
-
-    Example:
-        >>> from mmengine.dataset import RepeatDataset
-        >>> dataset = BaseDataset(lazy_init=True, metainfo=dict(classes=('cat',)))
-        >>> wrapper = RepeatDataset(dataset, 2, lazy_init=True)
-        >>> [leaf.metainfo['classes'] for leaf in data_sets(wrapper)]
-        [('cat',)]
-    """
+    """The data sets inside wrappers such as RepeatDataset and ConcatDataset."""
     get = dataset.get if isinstance(dataset, dict) else partial(getattr, dataset)
     inner = [get('dataset', None), *(get('datasets', None) or [])]
     inner = [nested for nested in inner if nested is not None]

@@ -17,14 +17,7 @@ _GET_ADDRESS = 0x8915  # Linux's SIOCGIFADDR.
 
 
 def connect_cpus(launcher: str) -> None:
-    """Connect the processes of a job by gloo; mmengine would select a CUDA device first.
-
-    Args:
-        launcher (str): What started them: 'pytorch' or 'slurm'.
-
-    Example:
-        >>> connect_cpus('slurm')  # doctest: +SKIP
-    """
+    """Connect the processes of a job by gloo; mmengine would select a CUDA device first."""
     if launcher == 'slurm':
         _read_slurm()
     interface = _interface(os.environ['MASTER_ADDR'])
@@ -64,16 +57,7 @@ def _interface(master: str) -> str | None:
 
 
 def watch_hosts() -> None:
-    """End this process a minute after its host or that of rank 0 was lost to the other.
-
-    Nothing else would: a process that waits for one behind a broken link waits for half an hour
-    with gloo, and ten minutes with NCCL. Their time limits must be longer than what rank 0 does
-    while the others wait, such as evaluation. Here the kernel asks every 10 s whether the other
-    host is there, whatever the process does.
-
-    Example:
-        >>> watch_hosts()  # doctest: +SKIP
-    """
+    """End this process a minute after its host or that of rank 0 was lost to the other."""
     count = int(os.environ.get('GROUP_WORLD_SIZE') or os.environ.get('SLURM_NNODES', 1))
     if count == 1:
         return

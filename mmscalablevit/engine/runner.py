@@ -341,19 +341,7 @@ class SafeRunner(Runner):
 
 @contextlib.contextmanager
 def lock_work_dir(work_dir: str | os.PathLike, name: str = 'training') -> Iterator[None]:
-    """Keep others from working in a work directory, until this process ends in any way.
-
-    Args:
-        work_dir (str | os.PathLike): The work directory; it is made if there is none.
-        name (str): What is done there, of which only one goes on at a time. Defaults to 'training'.
-
-    Raises:
-        UserError: If another process does it.
-
-    Example:
-        >>> with lock_work_dir('/tmp/work_dir'):
-        ...     pass
-    """
+    """Keep others from working in a work directory, until this process ends in any way."""
     os.makedirs(work_dir, exist_ok=True)
     lock = FileLock(osp.join(work_dir, f'.{name}.lock'), timeout=0)
     try:

@@ -79,11 +79,6 @@ def conv_channels_last(conv: nn.Module, x: Tensor) -> Tensor:
     """Apply a convolution to a map of shape (B, H, W, C) and return one of the same layout.
 
     Both transpositions are views; no memory moves if the convolution keeps channels-last format.
-
-    Example:
-        >>> import torch
-        >>> conv_channels_last(torch.nn.Conv2d(3, 8, 1), torch.rand(1, 4, 5, 3)).shape
-        torch.Size([1, 4, 5, 8])
     """
     return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 

@@ -89,12 +89,7 @@ class Row:
 
 
 def flatten(value: object, key: str = '') -> dict[str, object]:
-    """Nested dicts, and lists of dicts, as one dict with dotted keys.
-
-    Example:
-        >>> flatten({'a': {'b': 1}, 'c': [{'d': (2, 3)}]})
-        {'a.b': 1, 'c.0.d': [2, 3]}
-    """
+    """Nested dicts, and lists of dicts, as one dict with dotted keys."""
     if isinstance(value, dict):
         items = value.items()
     elif isinstance(value, list | tuple) and value and all(isinstance(x, dict) for x in value):

@@ -71,18 +71,7 @@ def count_backbone(cfg) -> tuple[float, float, float]:
 
 
 def compact_log(work_dir: Path) -> dict:
-    """What the page says of a training, and its curve.
-
-    Args:
-        work_dir (Path): Its work directory, as ``tools/train_all.py`` writes it. A file
-            ``peak_memory_kb`` in it, of GNU ``time -f %M``, gives the memory.
-
-    Returns:
-        dict: Plain values.
-
-    Raises:
-        UserError: If the training has not finished, or is none of ``configs/small_data``.
-    """
+    """What the page says of a training, and its curve."""
     run = work_dirs.read_run(work_dir)
     task = next((task for task in TASKS if run.name.endswith(task)), None)
     if task is None or run.state != 'finished':

@@ -33,15 +33,7 @@ SPLITS = ('train', 'val')
 
 
 class Object(NamedTuple):
-    """An annotated object.
-
-    Args:
-        name (str): Its class.
-        place (str): Where it is annotated, for messages.
-        box (tuple[float, ...]): Left, top, right and bottom edge in pixels.
-        mask (list | dict | None): Polygons or a run-length encoding. Defaults to None.
-        crowd (bool): Whether training and evaluation ignore it. Defaults to False.
-    """
+    """An annotated object."""
 
     name: str
     place: str
@@ -51,14 +43,7 @@ class Object(NamedTuple):
 
 
 class Source(NamedTuple):
-    """An image and what reads its objects.
-
-    Args:
-        image (Path): The file.
-        name (str): Its path in the converted data set.
-        read (Callable): Takes width and height of the image and the findings, returns the objects.
-            None stands for a fault that was added to the findings and spoils the image.
-    """
+    """An image and what reads its objects."""
 
     image: Path
     name: str
@@ -66,20 +51,7 @@ class Source(NamedTuple):
 
 
 def make_parser(description: str, example: str, data: str) -> argparse.ArgumentParser:
-    """A parser with the arguments of every converter.
-
-    Args:
-        description (str): What the tool does.
-        example (str): Arguments of a call.
-        data (str): What the folder DATA holds.
-
-    Returns:
-        argparse.ArgumentParser: The parser.
-
-    Example:
-        >>> make_parser('Convert.', 'A B', 'images').parse_args(['A', 'B']).val_share
-        0.2
-    """
+    """A parser with the arguments of every converter."""
     name = Path(sys.argv[0]).name
     parser = argparse.ArgumentParser(
         description=description,
@@ -114,11 +86,7 @@ def progress(items: Iterable, total: int, what: str) -> Iterable:
 
 
 def list_images(folder: Path) -> list[Path]:
-    """The images under a folder, as paths relative to it, in order.
-
-    Raises:
-        UserError: If there is no folder or no image.
-    """
+    """The images under a folder, as paths relative to it, in order."""
     if not folder.is_dir():
         raise UserError(f'folder {folder} does not exist')
     found = sorted(map(Path, scandir(folder, IMAGES, recursive=True, case_sensitive=False)))
@@ -128,31 +96,14 @@ def list_images(folder: Path) -> list[Path]:
 
 
 def split_folders(args: argparse.Namespace, pattern: str) -> dict[str, Path]:
-    """The folders of the splits.
-
-    Args:
-        args (argparse.Namespace): Arguments of ``make_parser``.
-        pattern (str): Path under DATA, with ``{split}`` in place of the split's name.
-
-    Returns:
-        dict[str, Path]: Folder by split; a single one, '', where the pattern names one for all.
-
-    Example:
-        >>> args = argparse.Namespace(data=Path('data'), train='training', val='validation')
-        >>> split_folders(args, 'images/{split}')['val'].as_posix()
-        'data/images/validation'
-    """
+    """The folders of the splits."""
     if '{split}' not in pattern:
         return {'': args.data / pattern}
     return {x: args.data / pattern.format(split=getattr(args, x)) for x in SPLITS}
 
 
 def split_at_random(args: argparse.Namespace, items: list) -> dict[str, list]:
-    """The items for training and for validation, the same in every call.
-
-    Raises:
-        UserError: If ``--val-share`` leaves one of them empty.
-    """
+    """The items for training and for validation, the same in every call."""
     count = round(len(items) * args.val_share)
     if not 0 < count < len(items):
         raise UserError(f'--val-share {args.val_share} of {len(items)} images leaves a split empty')
@@ -182,17 +133,7 @@ def convert(
     classes: list[str] | None = None,
     findings: Findings | None = None,
 ) -> None:
-    """Read every source, and write the data set if nothing is at fault or faults are left out.
-
-    Args:
-        args (argparse.Namespace): Arguments of ``make_parser``.
-        splits (dict[str, list[Source]]): Sources by split.
-        classes (list[str] | None): Classes that DATA names. Defaults to the names that occur.
-        findings (Findings | None): What was found already. Defaults to None.
-
-    Raises:
-        UserError: If OUT holds a data set already, or something is at fault.
-    """
+    """Read every source, and write the data set if nothing is at fault or faults are left out."""
     check_out(args, *(args.out / 'annotations' / f'{split}.json' for split in splits))
     findings = findings or Findings()
     read = {
@@ -234,11 +175,7 @@ def check_out(args: argparse.Namespace, *written: Path) -> None:
 
 
 def refuse_faults(args: argparse.Namespace, findings: Findings) -> None:
-    """Print what was found.
-
-    Raises:
-        UserError: If there is an error, and nobody asked to leave it out.
-    """
+    """Print what was found."""
     for line in findings.lines():
         if args.leave_out:
             line = line.replace('error: ', 'left out: ', 1)

@@ -58,11 +58,7 @@ def progress() -> Progress:
 
 
 def download(address: str, path: Path, size: int) -> None:
-    """Download a file, from where an earlier call stopped; broken connections are tried again.
-
-    Raises:
-        UserError: If the server refuses or stays away, the disk is too small, or the size differs.
-    """
+    """Download a file, from where an earlier call stopped; broken connections are tried again."""
     part = path.with_name(f'{path.name}.part')
     for left in reversed(range(TRIES)):
         try:
@@ -113,11 +109,7 @@ def _fetch(address: str, part: Path, size: int) -> int:
 
 
 def verify(path: Path, digest: str) -> None:
-    """Compare an archive with the published checksum.
-
-    Raises:
-        UserError: If it differs; the archive is removed.
-    """
+    """Compare an archive with the published checksum."""
     found = hashlib.new('sha256' if len(digest) == 64 else 'sha1')
     with path.open('rb') as file, progress() as bar:
         task = bar.add_task(f'checksum of {path.name}', total=path.stat().st_size)
@@ -133,11 +125,7 @@ def verify(path: Path, digest: str) -> None:
 
 
 def unpack(path: Path, folder: Path) -> None:
-    """Unpack an archive; files that are there with their size are kept.
-
-    Raises:
-        UserError: If it is no archive, or damaged; it is removed.
-    """
+    """Unpack an archive; files that are there with their size are kept."""
     try:
         with zipfile.ZipFile(path) as archive, progress() as bar:
             members = archive.infolist()

@@ -38,19 +38,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def convert(src: str, naming: str) -> tuple[dict, str, list[str]]:
-    """Convert a checkpoint.
-
-    Args:
-        src (str): The file.
-        naming (str): 'released' or 'detection'.
-
-    Returns:
-        tuple[dict, str, list[str]]: The checkpoint to save, the backbone's arch, and the modules
-        that were left out.
-
-    Raises:
-        CheckpointError: If the file holds no whole backbone, or NaN or infinite values.
-    """
+    """Convert a checkpoint."""
     backbone, outside = split_backbone(read_weights(src), src)
     arch = recognize(ScalableViT, backbone, src)
     if naming == 'detection':

@@ -37,21 +37,7 @@ def parse_args() -> argparse.Namespace:
 def publish(
     in_file: str, out_file: str, save_keys: list[str], half: bool = False
 ) -> tuple[Path, list[str]]:
-    """Write the published file.
-
-    Args:
-        in_file (str): Checkpoint of a training.
-        out_file (str): Name of the published file without hash.
-        save_keys (list[str]): What is kept.
-        half (bool): Whether weights are written in half precision. Defaults to False.
-
-    Returns:
-        tuple[Path, list[str]]: The published file, and the keys that were removed.
-
-    Raises:
-        CheckpointError: If the checkpoint has no weights among the kept keys, or they hold NaN or
-            infinite values.
-    """
+    """Write the published file."""
     checkpoint = read_checkpoint(in_file, map_location='cpu')
     if 'state_dict' not in checkpoint or 'state_dict' not in save_keys:
         raise CheckpointError(

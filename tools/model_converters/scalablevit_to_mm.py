@@ -37,18 +37,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def convert(src: str, task: str) -> tuple[dict, list[str]]:
-    """Convert a checkpoint.
-
-    Args:
-        src (str): The file.
-        task (str): 'backbone' or 'classifier'.
-
-    Returns:
-        tuple[dict, list[str]]: The checkpoint to save, and the modules that were left out.
-
-    Raises:
-        CheckpointError: If the file is not a whole backbone or classifier.
-    """
+    """Convert a checkpoint."""
     weights = read_weights(src)
     if task == 'classifier':
         state, arch = as_classifier(ScalableViT, weights, src)
