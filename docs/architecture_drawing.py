@@ -13,8 +13,9 @@ FILE = ROOT / 'docs' / 'images' / 'architecture_code.svg'
 ROWS = [
     ['tools', 'demo'],
     ['cli'],
-    ['models', 'engine', 'work_dirs'],
-    ['checkpoint', 'checks', 'published'],
+    ['models', 'engine'],
+    ['work_dirs', 'published'],
+    ['checkpoint', 'checks'],
     ['errors'],
 ]
 WIDTH, MARGIN, GAP, LINE = 960, 20, 46, 17
