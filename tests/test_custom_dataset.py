@@ -47,6 +47,8 @@ OPTIONS = {
     ('train.py', 'my_mask-rcnn.py'): [*DETECTION, *FEW_PROPOSALS],
     ('train.py', 'my_cells.py'): [
         *DETECTION,
+        # The recipe leaves out images of less than 32 pixels, as these are.
+        'train_dataloader.dataset.filter_cfg.min_size=1',
         'train_cfg.val_interval=1',
         'default_hooks.checkpoint.interval=1',
         'model.test_cfg.nms_pre=20',
