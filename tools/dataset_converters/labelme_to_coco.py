@@ -92,14 +92,19 @@ def _of_folder(folder: Path, findings: Findings) -> list[Source]:
     return sources
 
 
-def main() -> None:
-    """Convert."""
+def parse_args() -> argparse.Namespace:
+    """Parse the command line."""
     parser = make_parser(
         'Convert the json files of labelme to the layout of COCO.',
         'data/my_labelme data/mine',
         'folder of the json files and images',
     )
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Convert."""
+    args = parse_args()
     findings = Findings()
     convert(args, find_sources(args, findings), findings=findings)
 

@@ -126,14 +126,19 @@ def find_sources(args: argparse.Namespace, content: dict) -> dict[str, list[Sour
     return split_at_random(args, sources['']) if '' in sources else sources
 
 
-def main() -> None:
-    """Convert."""
+def parse_args() -> argparse.Namespace:
+    """Parse the command line."""
     parser = make_parser(
         'Convert the txt files of YOLO to the layout of COCO.',
         'data/my_yolo data/mine',
         'folder of data.yaml or classes.txt, images and labels',
     )
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Convert."""
+    args = parse_args()
     content = read_yaml(args)
     convert(args, find_sources(args, content), list(map(str, content['names'])))
 

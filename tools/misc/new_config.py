@@ -286,19 +286,24 @@ def write_config(args: argparse.Namespace) -> str:
     return f'{head}{data}\n{text}{optimizer}'
 
 
-def main() -> None:
-    """Write the config."""
+def parse_args() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description='Look at a data set and write a short config that fits it.',
         epilog='example: python tools/misc/new_config.py data/cells --task instance --out my.py',
     )
     parser.add_argument('data', type=Path, metavar='DATA', help='folder the converters wrote')
-    parser.add_argument('--task', choices=BASES, required=True)
-    parser.add_argument('--size', default='s', choices=('s', 'b', 'l', 'demo'))
+    parser.add_argument('--task', choices=BASES, required=True, help='what is predicted')
+    parser.add_argument('--size', default='s', choices=('s', 'b', 'l', 'demo'), help='backbone')
     parser.add_argument('--out', type=Path, default=Path('my.py'), help='default: my.py')
     parser.add_argument('--from-scratch', action='store_true', help='no pretrained weights')
     parser.add_argument('--epochs', type=int, help='length; default: by the number of images')
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Write the config."""
+    args = parse_args()
     if args.out.exists():
         raise UserError(f'{args.out} exists; name another file with --out')
     args.out.write_text(write_config(args))
