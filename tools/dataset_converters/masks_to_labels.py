@@ -158,16 +158,15 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--first', type=int, default=0, help='value of the first class of label maps; default: 0'
     )
-    args = parser.parse_args()
-    if ('{split}' in args.images) != ('{split}' in args.masks):
-        raise UserError('--images and --masks must both hold {split}, or neither')
-    args.table, args.class_names = color_table(args) if args.colors else value_table(args)
-    return args
+    return parser.parse_args()
 
 
 def main() -> None:
     """Convert."""
     args = parse_args()
+    if ('{split}' in args.images) != ('{split}' in args.masks):
+        raise UserError('--images and --masks must both hold {split}, or neither')
+    args.table, args.class_names = color_table(args) if args.colors else value_table(args)
     final, part = args.out / 'annotations', args.out / 'annotations.part'
     check_out(args, final)
     findings = Findings()
