@@ -232,12 +232,12 @@ def test_mmpretrains_own_tool_trains_the_config(trained):
 
 def test_mmpretrains_own_tools_refuse_what_does_not_fit(trained, monkeypatch):
     state = torch.load(trained / 'work' / 'epoch_12.pth', weights_only=False)
-    state['state_dict'].pop('head.fc.bias')
+    state['state_dict'].pop('head.fc.3.bias')
     torch.save(state, trained / 'less.pth')
     monkeypatch.chdir(trained)
     tools = Path(mmpretrain.__file__).parent / '.mim' / 'tools'
     for tool, options in (('test.py', ['less.pth']), ('train.py', ['--resume', 'less.pth'])):
         command = [str(tools / tool), 'tiny.py', *options, '--work-dir', 'own']
         monkeypatch.setattr(sys, 'argv', command)
-        with pytest.raises(CheckpointError, match=r'less\.pth does not fit .*head\.fc\.bias'):
+        with pytest.raises(CheckpointError, match=r'less\.pth does not fit .*head\.fc\.3\.bias'):
             runpy.run_path(command[0], run_name='__main__')
