@@ -174,7 +174,8 @@ def test_known_differences_of_a_classifier_are_logged_in_one_line(saved, log):
     assert len(identity) == 8
     assert_holds(model, {**state, **identity})
     assert log == [
-        f'Loaded {path} into ScalableViT; left out: norm, head; norm_list starts from identity'
+        f'Loaded {path} into ScalableViT; left out: norm, head; '
+        'norm_list is initialized to identity'
     ]
 
 

@@ -52,7 +52,7 @@ def load_backbone_checkpoint(
     - left out: what lies outside the backbone in the model of a toolbox, the classifier's ``head``,
       its ``norm`` unless the backbone has ``final_norm``, stages after the last output, and norms
       of stages that are not put out;
-    - ``norm_list`` of a file that has none, as the classifier's: it starts from identity.
+    - ``norm_list`` of a file that has none, as the classifier's: it is initialized to identity.
 
     Args:
         model (nn.Module): A ``ScalableViT``. It stays as it was if the checkpoint is refused.
@@ -89,7 +89,7 @@ def load_backbone_checkpoint(
     norms = {k: v for k, v in parameters.items() if k.startswith('norm_list.')}
     if norms and not any(name.startswith('norm_list.') for name in backbone):
         state.update({k: torch.full_like(v, k.endswith('.weight')) for k, v in norms.items()})
-        notes.append('norm_list starts from identity')
+        notes.append('norm_list is initialized to identity')
 
     check_fit(model, state, checkpoint)
     check_values(state, checkpoint, parameters)
