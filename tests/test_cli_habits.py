@@ -41,6 +41,7 @@ MISTAKES = {
     ],
     'tools/analysis_tools/get_flops.py': [('--xml', '--xml')],
     'tools/analysis_tools/plot_logs.py': [('nowhere --out curves.png', 'nowhere')],
+    'tools/analysis_tools/results_page.py': [('nowhere', 'nowhere')],
     'tools/analysis_tools/visualize_backbone.py': [
         ('nowhere.jpg --out-dir out', 'nowhere.jpg'),
         ('shapes/photo.jpg --config nowhere.py --out-dir out', 'nowhere.py'),

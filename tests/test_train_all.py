@@ -48,8 +48,10 @@ def test_selection_by_name_and_glob(tool):
     assert names(tool, UPERNET) == {UPERNET}
     assert names(tool, f'configs/segmentation/{UPERNET}.py') == {UPERNET}
     retinanets = {path.stem for path in configs.glob('detection/retinanet_*.py')}
-    assert names(tool, 'retinanet_*') == names(tool, 'detection/retinanet_*') == retinanets
-    assert names(tool, 'retinanet_*', 'detection/retina*') == retinanets
+    assert names(tool, 'retinanet_*_coco') == names(tool, 'detection/retinanet_*') == retinanets
+    assert names(tool, 'retinanet_*_coco', 'detection/retina*') == retinanets
+    small = {path.stem for path in configs.glob('small_data/retinanet_*.py')}
+    assert names(tool, 'retinanet_*') == retinanets | small
     with pytest.raises(UserError, match=r"matches 'segmentation/retinanet_\*'"):
         names(tool, 'segmentation/retinanet_*')
     with pytest.raises(UserError, match='paper, baselines, all'):
