@@ -67,10 +67,10 @@ class Handler(BaseHTTPRequestHandler):
         end = len(content)
         if server.break_after:
             end = min(end, start + server.break_after)
+        server.sent.append((206 if start else 200, start, end - start))
         for i in range(start, end, 2**16):
             self.wfile.write(content[i : min(i + 2**16, end)])
             time.sleep(server.pause)
-        server.sent.append((206 if start else 200, start, end - start))
         self.close_connection = True
         return None
 

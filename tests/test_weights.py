@@ -280,7 +280,7 @@ def test_the_train_py_of_a_toolbox_starts_from_them(drive, tmp_path, toolbox, co
         text=True,
     )
     assert job.returncode == 0, job.stderr[-3000:]
-    loaded = 'Loaded scalablevit://small into ScalableViT; left out: norm, head; norm_list starts'
+    loaded = 'Loaded scalablevit://small into ScalableViT; left out: norm, head; norm_list is'
     (log,) = (tmp_path / 'out').glob('*/*.log')
     assert loaded in log.read_text()
     assert hashlib.sha256(buffer.getvalue()).hexdigest() in log.read_text()
