@@ -27,7 +27,7 @@ from rich.progress import track
 # Imported before any toolbox: it registers the backbone.
 from mmscalablevit import cli
 from mmscalablevit.checkpoint.reading import load_weights
-from mmscalablevit.checks.config import head_classes
+from mmscalablevit.checks.config import find_settings
 from mmscalablevit.errors import CheckpointError, UserError, config_errors
 
 matplotlib.use('Agg')
@@ -238,7 +238,7 @@ def read_classes(meta: dict, cfg: Config, checkpoint: str) -> dict:
             f'data set of {cfg.filename} has "classes"'
         )
     names = [names] if isinstance(names, str) else list(names)
-    for key, number in head_classes(cfg.model):
+    for key, number in find_settings(cfg.model, 'num_classes'):
         if 'head' in key and number != len(names):
             raise UserError(f'{source} has {len(names)} class names for a model of {number}')
     palette = found.get('palette')

@@ -23,9 +23,9 @@ from PIL import Image
 
 from mmscalablevit import ScalableViT
 from mmscalablevit.checks import config as checks
-from mmscalablevit.checks.config import data_set_faults, other_classes
-from mmscalablevit.checks.pipeline import with_checks
-from mmscalablevit.errors import DataError
+from mmscalablevit.checks.config import reordered
+from mmscalablevit.engine.seed_hook import SeededDataset
+from mmscalablevit.errors import DataError, UserError
 
 ROOT = Path(__file__).parents[1]
 TOOLS = ROOT / 'tools'
@@ -50,29 +50,16 @@ def arch(**changes):
 
 BACKBONE = {
     'misspelt arch': (dict(arch='smal'), ValueError, r"got 'smal'; did you mean 'small'\?"),
-    'misspelt merged arch': (dict(arch='Small_merged'), ValueError, "did you mean 'small-merged'"),
     'arch None': (dict(arch=None), TypeError, 'arch must be a name or a dict, got NoneType'),
-    'arch list': (dict(arch=['small']), TypeError, 'arch must be a name or a dict, got list'),
     'empty arch': (dict(arch={}), ValueError, r"missing: \['c_ratios', 'depths'"),
     'five stages': (
         arch(depths=(1,) * 5),
         ValueError,
         r"arch\['depths'\] must be 4 positive integers, got \(1, 1, 1, 1, 1\)",
     ),
-    'depth of a number': (arch(depths=2), ValueError, r"arch\['depths'\] .*got 2"),
     'depth bool': (arch(depths=(True, 1, 1, 1)), ValueError, r"arch\['depths'\] .*got \(True"),
-    'negative width': (arch(embed_dims=(-8, 16, 24, 32)), ValueError, r"arch\['embed_dims'\]"),
-    'width text': (arch(embed_dims=('8', 16, 24, 32)), ValueError, r"positive integers, got \('8'"),
     'zero heads': (arch(num_heads=(0, 2, 3, 4)), ValueError, r"arch\['num_heads'\] must be 4 pos"),
-    'zero window': (arch(window_sizes=(7, 7, 7, 0)), ValueError, r"arch\['window_sizes'\]"),
-    'float window': (arch(window_sizes=(7.0, 7, 7, 7)), ValueError, r"arch\['window_sizes'\]"),
-    'zero reduction': (arch(sr_ratios=(8, 4, 0, 1)), ValueError, r"arch\['sr_ratios'\]"),
     'NaN c_ratio': (arch(c_ratios=(float('nan'), 1, 1, 1)), ValueError, r"'c_ratios'.*numbers"),
-    'infinite mlp_ratio': (
-        arch(mlp_ratios=(float('inf'), 2, 2, 2)),
-        ValueError,
-        r"arch\['mlp_ratios'\] must be 4 positive numbers",
-    ),
     'MLP without width': (arch(mlp_ratios=(0.01, 2, 2, 2)), ValueError, 'leaves the MLP no width'),
     'ssa_kv None': (arch(ssa_kv=None), ValueError, "'separate' or 'merged', got None"),
     'in_channels bool': (
@@ -81,43 +68,27 @@ BACKBONE = {
         'in_channels must be an integer of at least 1, got True',
     ),
     'in_channels float': (dict(in_channels=3.0), TypeError, 'in_channels .*got 3.0'),
-    'in_channels negative': (dict(in_channels=-3), ValueError, 'at least 1, got -3'),
     'out_indices text': (dict(out_indices='0123'), TypeError, "out_indices .*got '0123'"),
-    'out_indices bool': (dict(out_indices=(False, True)), TypeError, 'out_indices'),
     'out_indices floats': (dict(out_indices=(0.0, 1.0)), TypeError, 'out_indices'),
-    'out_indices set': (dict(out_indices={0, 1}), TypeError, 'must be a sequence of stages'),
     'stage_norm bool': (dict(stage_norm=True), ValueError, 'stage_norm .*got True'),
     'final_norm text': (dict(final_norm='yes'), TypeError, 'final_norm must be True or False'),
-    'norm_eval number': (dict(norm_eval=1), TypeError, 'norm_eval must be True or False, got 1'),
-    'with_cp None': (dict(with_cp=None), TypeError, 'with_cp must be True or False, got None'),
     'drop_rate NaN': (dict(drop_rate=float('nan')), ValueError, r'drop_rate .*\[0, 1\), got nan'),
     'drop_path_rate bool': (dict(drop_path_rate=True), TypeError, r'number in \[0, 1\), got True'),
-    'drop_path_rate list': (dict(drop_path_rate=[0.1]), TypeError, 'drop_path_rate'),
-    'attn_drop_rate above one': (dict(attn_drop_rate=1.5), ValueError, 'attn_drop_rate'),
     'frozen_stages negative': (dict(frozen_stages=-2), ValueError, '-1 to 4, got -2'),
     'frozen_stages bool': (dict(frozen_stages=True), TypeError, 'frozen_stages'),
-    'frozen_stages None': (dict(frozen_stages=None), TypeError, 'frozen_stages .*got None'),
     'unknown argument': (dict(droppath=0.1), TypeError, "argument 'droppath'"),
 }
 INPUTS = {
     'no batch': (torch.zeros(3, 32, 32), ValueError, r'\(B, 3, H, W\).*got \(3, 32, 32\)'),
     'video': (torch.zeros(1, 3, 2, 32, 32), ValueError, r'got \(1, 3, 2, 32, 32\)'),
-    'gray': (torch.zeros(1, 1, 32, 32), ValueError, r'in_channels=3 .*got \(1, 1, 32, 32\)'),
-    'channels last': (torch.zeros(1, 32, 32, 3), ValueError, r'got \(1, 32, 32, 3\)'),
     'empty batch': (torch.zeros(0, 3, 32, 32), ValueError, 'none of them empty'),
-    'no width': (torch.zeros(1, 3, 32, 0), ValueError, 'none of them empty'),
     'bytes': (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), TypeError, 'got torch.uint8'),
     'array': (np.zeros((1, 3, 32, 32), np.float32), TypeError, 'got ndarray'),
-    'list': ([torch.zeros(3, 32, 32)], TypeError, 'floating-point images, got list'),
 }
 INIT_CFGS = {
     'no checkpoint': (dict(type='Pretrained'), "needs the key 'checkpoint'"),
     'no type': (dict(checkpoint='backbone.pth'), "init_cfg needs the key 'type'"),
 }
-
-
-def data(text, loader='train'):
-    return f'{loader}_dataloader = dict(dataset=dict({text}))'
 
 
 BAD = yaml.safe_load((ROOT / 'tests' / 'data' / 'bad_configs.yml').read_text())
@@ -176,71 +147,20 @@ FILE = '{data}/' + ANNOTATIONS
 DETECTION_DATA = {
     'no annotation file': (remove(ANNOTATIONS), f'train_dataloader: {FILE} does not exist'),
     'empty annotation file': (write(ANNOTATIONS, b''), f'is not JSON: {FILE}: Expecting value'),
-    'empty JSON': (
-        write(ANNOTATIONS, b'{}'),
-        f'has no list of images and no list of annotations and no list of categories: {FILE}',
-    ),
     'JSON list': (write(ANNOTATIONS, b'[]'), 'has no list of images and no list of annotations'),
-    'truncated JSON': (cut(ANNOTATIONS), f'is not JSON: {FILE}:'),
-    'binary annotation file': (write(ANNOTATIONS, b'\xff\xd8'), f'is not JSON: {FILE}:'),
     'no images': (
         empty('images', 'annotations'),
         f'{FILE} has no usable entry in (2 times): images, annotations',
     ),
-    'no annotations': (empty('annotations'), f'{FILE} has no usable entry in: annotations'),
-    'no categories': (empty('categories'), f'{FILE} has no usable entry in: categories'),
-    'unknown image_id': (
-        annotation(image_id=999),
-        f'{FILE}: annotation of an image_id that is not listed: id',
-    ),
-    'unknown category_id': (
-        annotation(category_id=999),
-        f'{FILE}: annotation of a category_id that is not listed: id',
-    ),
-    'category_id of text': (annotation(category_id='1'), 'no valid category_id: annotations[0]'),
-    'bbox of text': (annotation(bbox='1,2,3,4'), f'{FILE}: entry has no valid bbox'),
-    'bbox of three numbers': (annotation(bbox=[1, 2, 3]), f'{FILE}: bbox is not four numbers'),
     'bbox of NaN': (annotation(bbox=[float('nan'), 2, 9, 9]), f'{FILE}: bbox is not four numbers'),
-    'no area': (
-        edit(lambda content: content['annotations'][0].pop('area')),
-        f'{FILE}: entry has no valid area: annotations[0]',
-    ),
-    'no mask': (annotation(segmentation=None), f'{FILE}: annotation has no segmentation'),
-    'polygon of two points': (
-        annotation(segmentation=[[1, 2, 3, 4]]),
-        f'{FILE}: polygon is not of at least 3 points x, y',
-    ),
-    'mask of another size': (
-        annotation(segmentation=dict(size=[9, 9], counts=[81])),
-        f'{FILE}: run-length encoding is not of the size of its image',
-    ),
-    'id twice': (
-        edit(lambda content: content['annotations'].append(content['annotations'][0])),
-        f'{FILE}: id is given to several annotations',
-    ),
-    'image without height': (
-        edit(lambda content: content['images'][0].pop('height')),
-        f'{FILE}: entry has no valid height: images[0]',
-    ),
     'other size than annotated': (
         draw(IMAGE, 48, 32, 3),
-        f'image {{data}}/{IMAGE} is 32x48 (EXIF rotation applied) and not 64x64 as in {FILE}',
+        f'image {{data}}/{IMAGE} is 32x48 (EXIF rotation applied) and not 64x64 as annotated',
     ),
     'missing image': (remove(IMAGE), f"No such file or directory: '{{data}}/{IMAGE}'"),
-    'empty image': (
-        write(IMAGE, b''),
-        f'image {{data}}/{IMAGE} cannot be loaded: ',
-    ),
-    'no image': (
-        write(IMAGE, b'text' * 100),
-        f'image {{data}}/{IMAGE} cannot be loaded: ',
-    ),
+    'empty image': (write(IMAGE, b''), f'image {{data}}/{IMAGE} cannot be loaded: '),
     'truncated image': (cut(IMAGE), f'image {{data}}/{IMAGE} '),
-    'truncated header': (cut(IMAGE, 0.02), f'image {{data}}/{IMAGE} cannot be loaded: '),
-    'empty folder': (
-        empty_folder('images/training'),
-        "No such file or directory: '{data}/images/training/",
-    ),
+    'truncated header': (cut(IMAGE, 0.02), f'image {{data}}/{IMAGE} '),
     'no folder': (
         lambda folder: shutil.rmtree(folder / 'images' / 'training'),
         'train_dataloader: {data}/images/training does not exist',
@@ -249,22 +169,14 @@ DETECTION_DATA = {
         annotation(segmentation=dict(size=[64, 64], counts=[1, -5])),
         f'{FILE}: run-length encoding does not add up to the size of its image',
     ),
-    'run-length encoding without lengths': (
-        annotation(segmentation=dict(size=[64, 64], counts=None)),
-        f'{FILE}: run-length encoding has no counts',
-    ),
-    'polygon of text': (
-        annotation(segmentation=[['a'] * 6]),
-        f'image {{data}}/{IMAGE} ',
-    ),
+    'polygon of text': (annotation(segmentation=[['a'] * 6]), f'image {{data}}/{IMAGE} '),
 }
 NOT_LABELS = 'allowed are 1 to 5 for 5 classes with reduce_zero_label=True, and 255 and 0'
 SEGMENTATION_DATA = {
     'empty image': (write(IMAGE, b''), f'image {{data}}/{IMAGE} with label map {{data}}/{LABELS}'),
-    'truncated image': (cut(IMAGE), f'image {{data}}/{IMAGE} '),
     'image of another size': (
         draw(IMAGE, 32, 48, 3),
-        f'label map {{data}}/{LABELS} is 64x64 and not 48x32 as image {{data}}/{IMAGE}',
+        f'label map {{data}}/{LABELS} is 64x64 and not 48x32; it must be of',
     ),
     'missing label map': (remove(LABELS), f"No such file or directory: '{{data}}/{LABELS}'"),
     'empty label map': (
@@ -280,29 +192,13 @@ SEGMENTATION_DATA = {
         draw(LABELS, 64, 64, value=258, dtype=np.uint16),
         f'label map {{data}}/{LABELS} has 258; {NOT_LABELS}',
     ),
-    'fraction': (
-        lambda folder: Image.new('F', (64, 64), 1.5).save(folder / LABELS, 'tiff'),
-        f'label map {{data}}/{LABELS} has 1.5; {NOT_LABELS}',
-    ),
-    'color': (
-        draw(LABELS, 64, 64, 3),
-        f'label map {{data}}/{LABELS} is a color image; it must have one channel',
-    ),
     'label map of another size': (
         draw(LABELS, 128, 96),
-        f'label map {{data}}/{LABELS} is 96x128 and not 64x64 as image {{data}}/{IMAGE}',
+        f'label map {{data}}/{LABELS} is 96x128 and not 64x64; it must be of',
     ),
     'empty folder': (
         empty_folder('images/training'),
         '{data}/images/training holds no image that ends in',
-    ),
-    'empty folder of label maps': (
-        empty_folder('annotations/training'),
-        "No such file or directory: '{data}/annotations/training/",
-    ),
-    'validation label out of range': (
-        draw(LABELS.replace('training', 'validation'), 64, 64, value=77),
-        f'label map {{data}}/annotations/validation/000001.png has 77; {NOT_LABELS}',
     ),
 }
 VALIDATED = ANNOTATIONS.replace('training', 'validation')
@@ -319,11 +215,6 @@ TESTED = {
         DETECTOR,
         cut(IMAGE.replace('training', 'validation')),
         'image {data}/images/validation/000001.jpg ',
-    ),
-    'no annotation': (
-        DETECTOR,
-        edit(lambda x: x['annotations'].clear(), VALIDATED),
-        'test_dataloader: {data}/annotations/instances_validation.json has no usable entry in',
     ),
     'label out of range': (
         SEGMENTOR,
@@ -397,9 +288,16 @@ def trains(said, base, text, *options):
     return said('train.py', 'user.py', '--work-dir', 'work_dir', *options)
 
 
-@pytest.mark.parametrize(('text', 'sentence'), BAD['detection'].values(), ids=BAD['detection'])
-def test_configs(text, sentence, said, folder):
-    assert sentence.format(data=folder) in trains(said, DETECTOR, text)
+@pytest.mark.parametrize(
+    ('base', 'text', 'sentence'),
+    [
+        pytest.param(base, *values, id=f'{part}-{name}')
+        for part, base in (('detection', DETECTOR), ('segmentation', SEGMENTOR))
+        for name, values in BAD[part].items()
+    ],
+)
+def test_configs(base, text, sentence, said, folder):
+    assert sentence.format(data=folder) in trains(said, base, text)
 
 
 @pytest.mark.parametrize(('text', 'error'), BAD['traceback'].values(), ids=BAD['traceback'])
@@ -413,13 +311,6 @@ def test_other_errors_keep_their_traceback(text, error, folder, monkeypatch):
     notes = getattr(raised.value, '__notes__', [])
     if sys.version_info >= (3, 11):
         assert notes == ['(config user.py fails in train, iteration 1)']
-
-
-@pytest.mark.parametrize(
-    ('text', 'sentence'), BAD['segmentation'].values(), ids=BAD['segmentation']
-)
-def test_segmentation_configs(text, sentence, said, folder):
-    assert sentence.format(data=folder) in trains(said, SEGMENTOR, text)
 
 
 @pytest.mark.parametrize(('option', 'sentence'), BAD['options'].values(), ids=BAD['options'])
@@ -442,18 +333,18 @@ def test_bases(said, folder):
     assert 'config . does not exist' in said('train.py', '.')
 
 
-@pytest.mark.parametrize(('spoil', 'sentence'), DETECTION_DATA.values(), ids=DETECTION_DATA)
-def test_detection_data(spoil, sentence, said, folder):
+@pytest.mark.parametrize(
+    ('base', 'spoil', 'sentence'),
+    [
+        pytest.param(base, *values, id=f'{base.stem}-{name}')
+        for base, cases in ((DETECTOR, DETECTION_DATA), (SEGMENTOR, SEGMENTATION_DATA))
+        for name, values in cases.items()
+    ],
+)
+def test_data(base, spoil, sentence, said, folder):
     spoil(folder)
 
-    assert sentence.format(data=folder) in trains(said, DETECTOR, '')
-
-
-@pytest.mark.parametrize(('spoil', 'sentence'), SEGMENTATION_DATA.values(), ids=SEGMENTATION_DATA)
-def test_segmentation_data(spoil, sentence, said, folder):
-    spoil(folder)
-
-    assert sentence.format(data=folder) in trains(said, SEGMENTOR, '')
+    assert sentence.format(data=folder) in trains(said, base, '')
 
 
 @pytest.mark.parametrize(
@@ -505,71 +396,65 @@ def test_checkpoint_of_classes_in_another_order(said, folder):
 
     assert (
         'checkpoint untrained.pth was trained for the classes of test_dataloader in another order: '
-        "class 2 is 'star' there and 'triangle' here"
+        'circle, square, star, triangle'
     ) in said('test.py', DETECTOR, path, '--work-dir', 'work_dir')
 
 
 @pytest.mark.parametrize(
-    ('trained', 'said'),
+    ('trained', 'refused'),
     [
-        (('a cat', 'Dog', 'Blue_Bird'), ''),
-        (('a cat', 'dog', 'fish'), "other classes than test_dataloader has: class 2 is 'fish'"),
-        (('a cat', 'dog'), ''),
-        (('Dog', 'A cat', 'blue bird'), 'in another order'),
+        (('a cat', 'Dog', 'Blue_Bird'), False),
+        (('a cat', 'dog', 'fish'), False),
+        (('a cat', 'dog'), False),
+        (('Dog', 'A cat', 'blue bird'), True),
     ],
     ids=['spelling', 'another', 'fewer', 'order'],
 )
-def test_names_of_classes_in_a_checkpoint(trained, said):
-    fault, is_error = other_classes(trained, ('A-cat', 'dog', 'blue bird'), 'test_dataloader')
-
-    assert said in fault
-    assert bool(fault) == bool(said)
-    assert is_error == (said == 'in another order')
+def test_names_of_classes_in_a_checkpoint(trained, refused):
+    assert reordered(trained, ('A-cat', 'dog', 'blue bird')) == refused
 
 
 class Photographs(BaseDataset):
     def load_data_list(self):
-        return [dict(img_path='photo.jpg', height=30, width=40)] * 2
+        return [dict(img_path=name, height=30, width=40) for name in ('photo.jpg', 'photo.png')]
 
 
-def load(pipeline):
-    dataset = Photographs(**with_checks(dict(pipeline=pipeline)))
-    return [dataset[i] for i in range(2)]
+def sizes():
+    dataset = SeededDataset(Photographs(pipeline=[dict(type='mmcv.LoadImageFromFile')]))
+    return [dataset[i]['ori_shape'] for i in (0, 1, 0, 1)]
 
 
 def test_turned_photograph_is_warned_of_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    said = []
-    monkeypatch.setattr('mmscalablevit.checks.pipeline.print_log', lambda x, **_: said.append(x))
-    init_default_scope('mmdet')
+    warned = []
+    monkeypatch.setattr('mmscalablevit.checks.pipeline.print_log', lambda x, *_: warned.append(x))
     exif = Image.Exif()
     exif[0x0112] = 6
-    Image.new('RGB', (40, 30)).save('photo.jpg', exif=exif)
+    for name in ('photo.jpg', 'photo.png'):
+        Image.new('RGB', (40, 30)).save(name, exif=exif)
 
-    assert [x['ori_shape'] for x in load([dict(type='LoadImageFromFile')])] == [(40, 30)] * 2
-    assert len(said) == 1
-    assert 'photo.jpg is 30x40 (EXIF rotation applied) and not 40x30' in said[0]
-    assert "color_type='color_ignore_orientation'" in said[0]
-    load([dict(type='LoadImageFromFile', color_type='color_ignore_orientation')])
-    assert len(said) == 1
+    assert sizes() == [(40, 30)] * 4
+    assert len(warned) == 1
+    assert 'photo.jpg is 30x40 (EXIF rotation applied) and not 40x30' in warned[0]
+    assert "color_type='color_ignore_orientation'" in warned[0]
 
 
-@pytest.mark.parametrize('suffix', ['.jpg', '.png'])
-def test_image_that_a_decoder_completes(suffix, tmp_path, monkeypatch):
+def test_image_that_a_decoder_completes(tmp_path, monkeypatch):
     # Older OpenCV fills what is missing with gray.
     monkeypatch.chdir(tmp_path)
     noise = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
-    Image.fromarray(noise).save('whole' + suffix)
-    content = Path('whole' + suffix).read_bytes()
+    for name in ('photo.jpg', 'photo.png'):
+        Image.fromarray(noise).save(name)
+    whole = {name: Path(name).read_bytes() for name in ('photo.jpg', 'photo.png')}
+    for name, content in whole.items():
+        Path(name).write_bytes(content + b'trailing')
+    assert sizes() == [(30, 40)] * 4
 
-    def decode(data):
-        return dict(data, ori_shape=(30, 40))
-
-    Path('photo.jpg').write_bytes(content + b'trailing')
-    assert len(load([decode, dict(type='CheckImage')])) == 2
-    Path('photo.jpg').write_bytes(content[: len(content) // 2])
-    with pytest.raises(DataError, match=r'image photo\.jpg is damaged: '):
-        load([decode, dict(type='CheckImage')])
+    for name, content in whole.items():
+        Path(name).write_bytes(content[: len(content) // 2])
+        with pytest.raises(DataError, match=rf'image {name} is damaged: '):
+            sizes()
+        Path(name).write_bytes(content)
 
 
 def add_what_is_usual(folder):
@@ -628,25 +513,28 @@ def test_only_small_files_are_checked_and_by_one_process(folder, monkeypatch):
     annotation(image_id=999)(folder)
     cfg = Config.fromfile(DETECTOR)
     init_default_scope('mmdet')
-    leaf = cfg.train_dataloader.dataset
 
-    assert len(list(data_set_faults(cfg, 'train_dataloader', leaf))) == 1
-    cfg.launcher = 'pytorch'
-    monkeypatch.setenv('RANK', '1')
-    assert not list(data_set_faults(cfg, 'train_dataloader', leaf))
-    monkeypatch.setenv('RANK', '0')
-    assert list(data_set_faults(cfg, 'train_dataloader', leaf))
+    def check():
+        checks.check_data(cfg, ['train_dataloader'])
+
+    monkeypatch.setattr(checks, 'is_main_process', lambda: False)
+    check()
+    monkeypatch.undo()
+    monkeypatch.setenv('SHAPES_ROOT', str(folder))
+    with pytest.raises(UserError, match='an image_id that is not listed'):
+        check()
 
     said = []
-    monkeypatch.setattr(checks, 'print_log', lambda text, **_: said.append(text))
+    monkeypatch.setattr(checks, 'print_log', lambda text, *_: said.append(text))
     monkeypatch.setattr(checks, '_CHECKED_BYTES', 100)
-    assert not list(data_set_faults(cfg, 'train_dataloader', leaf))
+    check()
     assert 'check_data.py checks it' in said[0]
 
 
 def test_misspelt_class_of_a_large_file(said, folder, monkeypatch):
     monkeypatch.setattr(checks, '_CHECKED_BYTES', 100)
-    text = data("metainfo=dict(classes=('circle', 'sqare', 'triangle', 'star'))")
+    classes = "metainfo=dict(classes=('circle', 'sqare', 'triangle', 'star'))"
+    text = f'train_dataloader = dict(dataset=dict({classes}))'
 
     assert (
         f'train_dataloader: 3 of the 4 classes of the config are among the categories of {folder}/'

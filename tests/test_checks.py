@@ -1,7 +1,8 @@
 # Copyright (c) mmscalablevit contributors. All rights reserved.
-"""Data sets in PASCAL VOC's layout train and validate; a wrong measure is refused at the start."""
+"""Data sets in PASCAL VOC's layout are checked and train; findings and label values."""
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -42,16 +43,57 @@ def voc(tmp_path):
     for i in (1, 2):
         pixels = np.random.default_rng(i).integers(0, 256, (64, 64, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(root / 'JPEGImages' / f'{i}.jpg')
-        objects = ''.join(
-            f'<object><name>{name}</name><bndbox><xmin>{x}</xmin><ymin>5</ymin>'
-            f'<xmax>{x + 20}</xmax><ymax>40</ymax></bndbox></object>'
-            for name, x in (('cat', 3), ('dog', 30))
-        )
-        size = '<size><width>64</width><height>64</height></size>'
-        (root / 'Annotations' / f'{i}.xml').write_text(f'<annotation>{size}{objects}</annotation>')
+        write_xml(tmp_path, i, 'cat', 'dog')
     (tmp_path / 'data' / 'all.txt').write_text('1\n2\n')
     (tmp_path / 'my_voc.py').write_text(CONFIG)
     return tmp_path
+
+
+def write_xml(folder, i, *names, box=(3, 5, 23, 40), width=64):
+    edges = zip(('xmin', 'ymin', 'xmax', 'ymax'), box, strict=True)
+    edges = ''.join(f'<{key}>{value}</{key}>' for key, value in edges)
+    objects = ''.join(f'<object><name>{x}</name><bndbox>{edges}</bndbox></object>' for x in names)
+    size = f'<size><width>{width}</width><height>64</height></size>'
+    path = folder / 'data' / 'VOC2007' / 'Annotations' / f'{i}.xml'
+    path.write_text(f'<annotation>{size}{objects}</annotation>')
+
+
+@pytest.fixture
+def check(voc, monkeypatch, capsys):
+    """Call check_data.py and return its exit code and what it printed."""
+    monkeypatch.chdir(voc)
+    monkeypatch.setattr(sys, 'argv', ['check_data.py', 'my_voc.py'])
+
+    def call():
+        code = 0
+        try:
+            runpy.run_path(str(ROOT / 'tools' / 'check_data.py'), run_name='__main__')
+        except SystemExit as error:
+            code = error.code
+        return code, capsys.readouterr().out
+
+    return call
+
+
+def test_sound_voc_passes_the_check(check):
+    code, said = check()
+
+    assert code == 0, said
+    assert 'train_dataloader: VOCDataset in data: 2 images, 4 objects, 2 classes' in said
+    assert 'warning:' not in said
+
+
+def test_faults_of_voc(check, voc):
+    write_xml(voc, 1, 'cat', 'cow', box=(5, 5, 5, 9), width=65)
+    write_xml(voc, 2, 'cat')
+    code, said = check()
+    assert code == 1
+    assert 'error: box has no area or is off the image: data/VOC2007/JPEGImages/1.jpg' in said
+    assert "warning: class has no object in data/all.txt: 'dog'" in said
+    assert 'data/VOC2007/JPEGImages/1.jpg is 64x64 and not 65x64' in said
+
+    (voc / 'data' / 'VOC2007' / 'Annotations' / '2.xml').unlink()
+    assert 'error: file does not exist: data/VOC2007/Annotations/2.xml' in check()[1]
 
 
 def train(folder, *options):

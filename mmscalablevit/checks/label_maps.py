@@ -2,28 +2,24 @@
 """What a label map may hold, and faults of the label maps of a data set."""
 
 import os.path as osp
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from mmengine.config import Config
 from mmengine.dataset import BaseDataset
 from PIL import Image
 
-from .files import all_exist, in_threads, progress, read_size, sample, warn_of_huge
+from .files import all_exist, in_threads, sample, size_or_fault
 from .findings import Findings
 
 _NAMED = 5
-# What ignores nothing else unless told.
-_IGNORED = 255
 
 
 class LabelRule(NamedTuple):
-    """The values that a label map may hold."""
+    """The values that the file of a label map may hold."""
 
     num_classes: int
-    ignore_index: int = _IGNORED
+    ignore_index: int = 255
     reduce_zero_label: bool = False
 
     @property
@@ -32,7 +28,7 @@ class LabelRule(NamedTuple):
         return int(self.reduce_zero_label)
 
     def wrong(self, values: np.ndarray) -> np.ndarray:
-        """The values of a file that are neither a class nor ignored."""
+        """The values that are neither a class nor ignored."""
         classes = (values >= self.first) & (values < self.first + self.num_classes)
         ignored = (values == self.ignore_index) | (self.reduce_zero_label & (values == 0))
         return values[~(classes & (values % 1 == 0) | ignored)]
@@ -46,10 +42,6 @@ class LabelRule(NamedTuple):
             f'and {ignored} for what is ignored'
         )
 
-    def fault(self, wrong: np.ndarray) -> str:
-        """Name the first wrong values."""
-        return ', '.join(map(str, wrong[:_NAMED].tolist()))
-
 
 def label_rule(dataset: BaseDataset) -> LabelRule:
     """The rule of a data set of mmseg; values that its ``label_map`` renames are of the file."""
@@ -57,8 +49,21 @@ def label_rule(dataset: BaseDataset) -> LabelRule:
     return LabelRule(count, dataset.ignore_index, dataset.reduce_zero_label)
 
 
+def label_fault(
+    path: str, labels: np.ndarray, size: tuple[int, int], rule: LabelRule
+) -> tuple[str, str] | None:
+    """Say what is wrong with a label map as stored, for an image of a size, and what is allowed."""
+    if labels.ndim != 2:
+        return f'{path} is a color image', 'it must have one channel that holds class numbers'
+    if labels.shape[::-1] != size:
+        found = f'{path} is {labels.shape[1]}x{labels.shape[0]} and not {size[0]}x{size[1]}'
+        return found, 'it must be of the size of its image'
+    wrong = rule.wrong(np.unique(labels))[:_NAMED].tolist()
+    return (f'{path} has {", ".join(map(str, wrong))}', rule.allowed()) if wrong else None
+
+
 def check_segmentation(dataset: BaseDataset, full: bool, findings: Findings) -> str:
-    """Check images and their label maps."""
+    """Check images and their label maps; return what there is, '' if it cannot be used."""
     images, masks = (dataset.data_prefix.get(key, '') for key in ('img_path', 'seg_map_path'))
     needed = [(osp.isdir, images), (osp.isdir, masks)]
     if dataset.ann_file:
@@ -73,7 +78,7 @@ def check_segmentation(dataset: BaseDataset, full: bool, findings: Findings) -> 
         _check_leftovers(masks, dataset.seg_map_suffix, {mask for _, mask in pairs}, findings)
 
     there = []
-    for image, mask in progress(pairs, len(pairs), 'images and masks'):
+    for image, mask in pairs:
         if not osp.isfile(image):
             findings.error(f'image of {dataset.ann_file} does not exist', image)
         elif not osp.isfile(mask):
@@ -81,18 +86,19 @@ def check_segmentation(dataset: BaseDataset, full: bool, findings: Findings) -> 
         else:
             there.append((image, mask))
 
-    chosen, occurring, rule = sample(there, full), set(), label_rule(dataset)
-    sizes = in_threads(read_size, [image for image, _ in chosen], 'images and label values')
+    classes, chosen = dataset.metainfo['classes'], sample(there, full)
+    occurring, rule = set(), label_rule(dataset)
+    sizes = in_threads(size_or_fault, [image for image, _ in chosen], 'images and label values')
     for (image, mask), size in zip(chosen, sizes, strict=True):
         if isinstance(size, str):
             findings.error('image cannot be read', f'{image} ({size})')
-        elif not warn_of_huge(*size, image, findings):
+        else:
             occurring |= _check_label_map(mask, size, rule, findings)
     if chosen and len(chosen) == len(pairs) and dataset.label_map is None:
-        for i, name in enumerate(dataset.metainfo['classes']):
+        for i, name in enumerate(classes):
             if i + rule.first not in occurring:
                 findings.warn(f'class has no pixel in {masks}', repr(name))
-    return f'{len(there)} images with masks, {len(dataset.metainfo["classes"])} classes'
+    return f'{len(there)} images with masks, {len(classes)} classes'
 
 
 def _check_label_map(path: str, size: tuple, rule: LabelRule, findings: Findings) -> set[int]:
@@ -104,23 +110,10 @@ def _check_label_map(path: str, size: tuple, rule: LabelRule, findings: Findings
     except Exception as error:
         findings.error('mask cannot be read', f'{path} ({error})')
         return set()
-    if labels.ndim != 2:
-        findings.error(
-            'mask is a color image; it must have one channel that holds class numbers', path
-        )
-        return set()
-    if labels.shape[::-1] != size:
-        findings.error(
-            'mask is not of the size of its image',
-            f'{path} is {labels.shape[1]}x{labels.shape[0]} and not {size[0]}x{size[1]}',
-        )
-    values = np.unique(labels)
-    wrong = rule.wrong(values)
-    if wrong.size:
-        findings.error(
-            f'mask has other values; {rule.allowed()}', f'{path} has {rule.fault(wrong)}'
-        )
-    return set(values.tolist())
+    fault = label_fault(path, labels, size, rule)
+    if fault:
+        findings.error(f'label map: {fault[1]}', fault[0])
+    return set(np.unique(labels).tolist())
 
 
 def _check_leftovers(folder: str, suffix: str, used: set[str], findings: Findings) -> None:
@@ -129,38 +122,3 @@ def _check_leftovers(folder: str, suffix: str, used: set[str], findings: Finding
     for path in sorted(Path(folder).rglob('*')):
         if path.is_file() and osp.normpath(path) not in used:
             findings.warn(f'file has no partner or does not end in {suffix}: not used', path)
-
-
-def ignore_faults(cfg: Config, loader: str, ignore_index: int) -> Iterator[str]:
-    """Find parts of a config that ignore another value than the data set."""
-    others = [f'{key}={value}' for key, value in _ignored(cfg, loader) if value != ignore_index]
-    if others:
-        yield (
-            f'{loader}.dataset.ignore_index={ignore_index}, but {", ".join(others)}; all must '
-            'ignore one value, best 255 (tools/dataset_converters/masks_to_labels.py --ignore)'
-        )
-
-
-def _ignored(cfg: Config, loader: str) -> Iterator[tuple[str, int]]:
-    """Every key that ignores a value of label maps, and the value."""
-    model = cfg.get('model') or {}
-    for key in ('decode_head', 'auxiliary_head'):
-        heads = model.get(key) or []
-        for head in heads if isinstance(heads, list | tuple) else [heads]:
-            yield f'model.{key}.ignore_index', head.get('ignore_index', _IGNORED)
-    if 'seg_pad_val' in (model.get('data_preprocessor') or {}):
-        yield 'model.data_preprocessor.seg_pad_val', model['data_preprocessor']['seg_pad_val']
-    evaluators = cfg.get(loader.replace('dataloader', 'evaluator')) or []
-    for evaluator in evaluators if isinstance(evaluators, list | tuple) else [evaluators]:
-        if evaluator.get('type') in ('IoUMetric', 'mmseg.IoUMetric') and loader[:5] != 'train':
-            key = loader.replace('dataloader', 'evaluator')
-            yield f'{key}.ignore_index', evaluator.get('ignore_index', _IGNORED)
-    for step in ((cfg.get(loader) or {}).get('dataset') or {}).get('pipeline') or []:
-        kind = step.get('type') if isinstance(step, dict) else None
-        if kind == 'RandomCrop':
-            yield 'ignore_index of RandomCrop', step.get('ignore_index', _IGNORED)
-        elif kind in ('RandomRotate', 'RandomMosaic'):
-            yield f'seg_pad_val of {kind}', step.get('seg_pad_val', _IGNORED)
-        elif kind == 'Pad':
-            pad = step.get('pad_val', dict(seg=_IGNORED))
-            yield 'pad_val of Pad', pad.get('seg', _IGNORED) if isinstance(pad, dict) else _IGNORED

@@ -28,15 +28,8 @@ from torch.utils.data import DataLoader
 
 from ..checkpoint.reading import check_values, find_weights, misfit
 from ..checkpoint.weights import use_safe_loader
-from ..checks.config import (
-    PARTS,
-    check_data,
-    class_faults,
-    config_faults,
-    hook_faults,
-    other_classes,
-)
-from ..checks.pipeline import data_sets, with_checks
+from ..checks.config import check_data, class_faults, config_faults, hook_faults, reordered
+from ..checks.pipeline import data_sets
 from ..errors import DISK_ERRORS, CheckpointError, UserError, config_errors, explain, one_line
 from ..work_dirs import find_checkpoint, use_checkpoint_seed
 from .hosts import connect_cpus, watch_hosts
@@ -85,8 +78,7 @@ class SafeRunner(Runner):
             CheckpointError: If all checkpoints to resume from are damaged.
         """
         cfg = copy.deepcopy(cfg)
-        given = [loop for loop, keys in PARTS.items() if any(cfg.get(key) for key in keys)]
-        _refuse(cfg, config_faults(cfg, given, KNOWN_KEYS))
+        _refuse(cfg, config_faults(cfg, KNOWN_KEYS))
         if cfg.get('resume'):
             cfg['load_from'] = cfg.get('load_from') or find_checkpoint(cfg['work_dir'])
             if cfg['load_from'] and '://' not in cfg['load_from']:
@@ -133,9 +125,7 @@ class SafeRunner(Runner):
         """Build a data loader whose samples are seeded, and whose workers end with the job."""
         if isinstance(dataloader, dict):
             dataloader = dict(dataloader)
-            dataset = dataloader['dataset']
-            dataset = with_checks(dataset) if isinstance(dataset, dict) else dataset
-            dataloader['dataset'] = dict(type='SeededDataset', dataset=dataset)
+            dataloader['dataset'] = dict(type='SeededDataset', dataset=dataloader['dataset'])
             if isinstance(dataloader.get('sampler'), dict):
                 dataloader['sampler'] = dict(type='SeededSampler', sampler=dataloader['sampler'])
             quiet = dataloader.pop('disable_subprocess_warning', False)
@@ -279,7 +269,7 @@ class SafeRunner(Runner):
     def _check(self, loops: Iterable[str]) -> None:
         """Find faults of config and data before the first iteration."""
         if self.cfg:
-            _refuse(self.cfg, config_faults(self.cfg, loops, KNOWN_KEYS))
+            _refuse(self.cfg, config_faults(self.cfg, KNOWN_KEYS))
             check_data(self.cfg, [name.replace('loop', 'dataloader') for name in loops])
         for name in loops:
             loop = getattr(self, name)
@@ -288,7 +278,8 @@ class SafeRunner(Runner):
             dataset = getattr(loop.dataloader.dataset, 'dataset', loop.dataloader.dataset)
             for leaf in data_sets(dataset):
                 _refuse(self.cfg, class_faults(self.cfg, name.replace('loop', 'dataloader'), leaf))
-        _refuse(self.cfg, hook_faults(self))
+        if self._part == 'train':
+            _refuse(self.cfg, hook_faults(self))
 
     def _check_weights(self, checkpoint: dict) -> None:
         weights = find_weights(checkpoint, self._checkpoint)
@@ -309,16 +300,17 @@ class SafeRunner(Runner):
             check_values(tensors, self._checkpoint, tensors)
 
     def _check_classes(self, checkpoint: dict) -> None:
-        """Refuse the data set's classes in another order; warn of other classes."""
+        """Refuse the data set's classes in another order."""
         loader = f'{self._part}_dataloader'
         dataset = getattr(self, loader).dataset
-        wanted = (getattr(dataset, 'metainfo', None) or {}).get('classes')
+        wanted = (getattr(dataset, 'metainfo', None) or {}).get('classes') or ()
         meta = (checkpoint.get('meta') or {}).get('dataset_meta') or {}
-        fault, is_error = other_classes(meta.get('classes', meta.get('CLASSES')), wanted, loader)
-        if is_error:
-            raise CheckpointError(f'checkpoint {self._checkpoint} {fault}')
-        if fault:
-            self.logger.warning(f'checkpoint {self._checkpoint} {fault}')
+        trained = meta.get('classes', meta.get('CLASSES')) or ()
+        if reordered(trained, wanted):
+            raise CheckpointError(
+                f'checkpoint {self._checkpoint} was trained for the classes of {loader} in '
+                f'another order: {one_line(", ".join(map(str, trained)))}'
+            )
 
     def _keep_new_classes(self, checkpoint: dict) -> None:
         """Keep the model's own weights where the checkpoint has another number of classes."""

@@ -16,7 +16,7 @@ from mmengine.registry import DATA_SAMPLERS, DATASETS, HOOKS
 from mmengine.runner import Runner
 from torch.utils.data import Dataset, Sampler
 
-from ..checks.pipeline import explain_sample
+from ..checks.pipeline import SampleChecks, explain_sample
 
 _ITERATION, _SAMPLE = 0, 1
 
@@ -128,7 +128,7 @@ class SeededSampler(Sampler):
 
 @DATASETS.register_module()
 class SeededDataset(Dataset):
-    """A data set whose samples are seeded by what ``SeededSampler`` yields.
+    """A data set whose samples are checked, and seeded by what ``SeededSampler`` yields.
 
     Args:
         dataset (dict | Dataset): The data set or its config. Its attributes are those of this one.
@@ -140,13 +140,15 @@ class SeededDataset(Dataset):
     """
 
     def __init__(self, dataset: dict | Dataset) -> None:
-        self.__dict__['dataset'] = DATASETS.build(dataset) if isinstance(dataset, dict) else dataset
+        dataset = DATASETS.build(dataset) if isinstance(dataset, dict) else dataset
+        self.__dict__.update(dataset=dataset, _checks=SampleChecks(dataset))
 
     def __getitem__(self, index: int) -> Any:
         """Load a sample; its errors name the image."""
         if isinstance(index, _SeededIndex):
             _seed_all(index.seed)
             index = int(index)
+        self._checks.check(index)
         try:
             return self.dataset[index]
         except Exception as error:
