@@ -399,10 +399,10 @@ def test_final_norm_needs_the_classifiers_norm(saved):
 
 
 def empty_state(arch, **kwargs):
-    """Zeros of the right names and shapes that take no room."""
+    """Zeros of the right names and shapes, each of a byte."""
     with torch.device('meta'):
         model = ScalableViT(arch, **kwargs)
-    return {k: torch.zeros(()).expand(v.shape) for k, v in model.state_dict().items()}
+    return {k: torch.zeros(v.shape, dtype=torch.uint8) for k, v in model.state_dict().items()}
 
 
 ARCHS = {

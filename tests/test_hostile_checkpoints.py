@@ -19,12 +19,11 @@ import warnings
 import zipfile
 from collections import Counter, OrderedDict
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from jobs import draw_shapes
+from jobs import draw_shapes, packaged
 from mmengine.config import Config
 from mmengine.logging import HistoryBuffer
 from mmengine.registry import MODELS, init_default_scope
@@ -204,27 +203,24 @@ def test_wrong_records_are_refused_in_spite_of_right_checksums(whole, refuse, ch
     assert 'is damaged or no checkpoint' in refuse(rewritten(whole, change))
 
 
-def test_compressed_and_overlapping_archives_are_refused(whole, refuse):
-    with zipfile.ZipFile(buffer := io.BytesIO(), 'w', zipfile.ZIP_DEFLATED) as archive:
+def test_archives_that_are_no_plain_ones_are_refused(whole, refuse, tmp_path):
+    with zipfile.ZipFile(compressed := io.BytesIO(), 'w', zipfile.ZIP_DEFLATED) as archive:
         archive.writestr('archive/data.pkl', bytes(10**8))
-    assert len(buffer.getvalue()) < 10**6
-    assert 'compressed' in refuse(buffer.getvalue())
-
-    with zipfile.ZipFile(buffer := io.BytesIO(), 'w') as archive:
+    assert len(compressed.getvalue()) < 10**6
+    with zipfile.ZipFile(overlapping := io.BytesIO(), 'w') as archive:
         archive.writestr('archive/data.pkl', bytes(10**4))
         # Its central directory lists the same bytes a hundred times.
         archive.filelist *= 100
-    assert 'overlap' in refuse(buffer.getvalue())
-
-
-def test_records_marked_as_folders_are_refused(whole, refuse):
-    """PyTorch would not read them, and show what was in memory as weights."""
+    # PyTorch would not read what is marked as a folder, and show what was in memory as weights.
     with zipfile.ZipFile(io.BytesIO(whole)) as archive:
         name = record_of(archive.namelist(), 'data/3')
-    raw = bytearray(whole)
+    folder = bytearray(whole)
     # Of the central directory's entry, whose name follows 46 bytes.
-    raw[raw.rindex(name.encode()) - 46 + 38] |= 0x10
-    assert 'records that are folders' in refuse(bytes(raw))
+    folder[folder.rindex(name.encode()) - 46 + 38] |= 0x10
+    torch.jit.script(torch.nn.Identity()).save(tmp_path / 'script.pth')
+    script = (tmp_path / 'script.pth').read_bytes()
+    for raw in (compressed.getvalue(), overlapping.getvalue(), bytes(folder), script):
+        assert 'records that are compressed, overlap, or are folders' in refuse(raw)
 
 
 # What is no file
@@ -240,16 +236,6 @@ def test_what_is_no_file_is_named(refuse, tmp_path):
     (tmp_path / 'link.pth').symlink_to(tmp_path / 'nowhere')
     with pytest.raises(FileNotFoundError, match=r'link.pth does not exist'):
         read_checkpoint(str(tmp_path / 'link.pth'))
-
-
-def test_a_file_that_may_not_be_read_is_named(whole, tmp_path, monkeypatch):
-    path = tmp_path / 'secret.pth'
-    path.write_bytes(whole)
-    # As a superuser may read everything, of no use to forbid it by the mode.
-    forbid = mock.Mock(side_effect=PermissionError(13, 'Permission denied'))
-    monkeypatch.setattr('mmscalablevit.checkpoint.reading.open', forbid, raising=False)
-    with pytest.raises(CheckpointError, match=r'secret.pth cannot be read \(Permission denied\)'):
-        read_checkpoint(str(path))
 
 
 # Containers, names and kinds of tensors
@@ -272,58 +258,45 @@ with warnings.catch_warnings():
     QUANTIZED = torch.quantize_per_tensor(WEIGHTS[LIM], 0.1, 0, torch.qint8)
 STEM = 'patch_embeds.0.proj.weight'
 ONE = torch.ones(1)
-PREFIXED = {f'backbone.{k}': v for k, v in WEIGHTS.items()}
+NOT_DENSE = f'no dense tensors by name ({LIM})'
 NOT_FINITE = f'NaN or infinite values in {LIM}'
 # What a file holds, and the reason for refusing it.
 CONTENTS = [
     ([WEIGHTS], 'holds a list and not a dict'),
     (ONE, 'holds a Tensor and not a dict'),
-    ('weights', 'holds a str and not a dict'),
-    (None, 'holds a NoneType and not a dict'),
-    (dict(state_dict=[1]), 'no tensors (state_dict)'),
+    (dict(state_dict=[1]), 'no dense tensors by name (state_dict)'),
     (dict(state_dict={}, meta={}), 'holds no weights'),
-    (dict(state_dict=dict(state_dict=WEIGHTS)), 'no tensors (state_dict)'),
-    ({**WEIGHTS, 3: ONE}, 'names are no strings (3)'),
-    ({('a', 'b'): ONE}, 'names are no strings'),
-    (with_(LIM, [1.0]), f'no tensors ({LIM})'),
-    (with_(LIM, 1.0), f'no tensors ({LIM})'),
-    (with_(LIM, None), f'no tensors ({LIM})'),
+    ({**WEIGHTS, 3: ONE}, 'no dense tensors by name (3)'),
+    (with_(LIM, [1.0]), NOT_DENSE),
     (Shadowed(WEIGHTS), 'a dict with attributes (items, get, keys)'),
     (dict(model=Shadowed(WEIGHTS)), 'holds a dict with attributes'),
-    (dict(state_dict=WEIGHTS, meta=['x']), 'holds a list under meta'),
-    (with_(LIM, WEIGHTS[LIM].to_sparse()), f'{LIM} as a sparse tensor'),
-    (with_(LIM, ROWS), f'{LIM} as a sparse tensor'),
-    (with_(LIM, QUANTIZED), f'{LIM} as a quantized tensor'),
-    (with_(LIM, WEIGHTS[LIM].to('meta')), f'{LIM} as a meta tensor'),
-    ({**PREFIXED, LIM: WEIGHTS[LIM]}, f"with the prefix 'backbone.' and without ({LIM})"),
+    (dict(state_dict=WEIGHTS, meta=['x']), 'under meta that is no dict'),
+    (with_(LIM, WEIGHTS[LIM].to_sparse()), NOT_DENSE),
+    (with_(LIM, ROWS), NOT_DENSE),
+    (with_(LIM, QUANTIZED), NOT_DENSE),
+    (with_(LIM, WEIGHTS[LIM].to('meta')), NOT_DENSE),
     (with_(f'module.{LIM}', WEIGHTS[LIM]), 'holds some weights under two names'),
     (with_('n_averaged', torch.ones(2)), '1 unexpected (n_averaged)'),
-    (with_('stages', ONE), '1 unexpected (stages)'),
     (with_('stages.².x', ONE), '1 unexpected (stages.².x)'),
     (with_('w' * 10**6, ONE), f'1 unexpected ({"w" * 96} ...)'),
     (with_('a\n\x1b[2Jb', ONE), '1 unexpected (a ?[2Jb)'),
     (with_(STEM, torch.ones(4, 0, 7, 7)), 'of another shape'),
-    (with_(STEM, torch.ones(4)), 'of another shape'),
-    (with_(STEM, ONE.expand(4, 2**50, 7, 7)), 'of another shape'),
+    (with_(LIM, ONE.expand(2**20, 2**18)), NOT_DENSE),
     (with_(LIM, WEIGHTS[LIM] / 0), NOT_FINITE),
-    (with_(LIM, torch.where(torch.arange(9).view(3, 3) == 4, torch.nan, WEIGHTS[LIM])), NOT_FINITE),
     # More than float16 can hold.
     (with_(LIM, (WEIGHTS[LIM].abs() + 1e6).half()), NOT_FINITE),
 ]
 
 
 @pytest.mark.filterwarnings('ignore:TypedStorage')
-@pytest.mark.parametrize(('content', 'reason'), CONTENTS, ids=[said for _, said in CONTENTS])
+@pytest.mark.parametrize(('content', 'reason'), CONTENTS, ids=map(str, range(len(CONTENTS))))
 def test_what_holds_something_else_is_refused(tmp_path, refuse, content, reason):
     # Written at once, since None stands for a file that is there.
     torch.save(content, tmp_path / 'content.pth')
     assert reason in refuse(None, 'content.pth')
 
 
-OTHER_TYPES = ['float64', 'int8', 'int64', 'uint8', 'bool', 'complex64', 'uint16', 'float8_e5m2']
-
-
-@pytest.mark.parametrize('dtype', OTHER_TYPES)
+@pytest.mark.parametrize('dtype', ['float64', 'int64', 'complex64', 'float8_e5m2'])
 def test_other_types_are_refused_with_what_to_do(refuse, dtype):
     dtype = getattr(torch, dtype)
     assert refuse(with_(LIM, WEIGHTS[LIM].to(dtype))) == (
@@ -332,18 +305,15 @@ def test_other_types_are_refused_with_what_to_do(refuse, dtype):
     )
 
 
-@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float32])
-def test_a_model_of_half_precision_refuses_what_it_cannot_hold(tmp_path, dtype):
-    torch.save(with_(LIM, WEIGHTS[LIM].to(dtype)), tmp_path / 'a.pth')
-    with pytest.raises(CheckpointError, match=r'but the model has it as torch.float16'):
-        load_backbone_checkpoint(backbone(seed=1).half(), str(tmp_path / 'a.pth'))
-
-
-def test_a_model_of_half_precision_takes_its_own(tmp_path):
+def test_a_model_of_half_precision_takes_its_own_alone(tmp_path):
+    path, model = tmp_path / 'a.pth', backbone(seed=1).half()
     half = {name: tensor.half() for name, tensor in WEIGHTS.items()}
-    torch.save(half, tmp_path / 'half.pth')
-    model = backbone(seed=1).half()
-    load_backbone_checkpoint(model, str(tmp_path / 'half.pth'))
+    for dtype in (torch.bfloat16, torch.float32):
+        torch.save({**half, LIM: WEIGHTS[LIM].to(dtype)}, path)
+        with pytest.raises(CheckpointError, match=r'but the model has it as torch.float16'):
+            load_backbone_checkpoint(model, str(path))
+    torch.save(half, path)
+    load_backbone_checkpoint(model, str(path))
     assert same(model.state_dict(), half)
 
 
@@ -354,16 +324,7 @@ def little_memory():
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < MEMORY_MIB * 1024
 
 
-def test_views_of_one_number_take_no_room(refuse, tmp_path, little_memory):
-    """A terabyte by its shape, in a file of a few kilobytes."""
-    huge = torch.full((1,), torch.nan).expand(2**20, 2**18)
-    assert 'of another shape' in refuse(with_(LIM, huge))
-    torch.save(dict(state_dict=dict(weight=huge)), tmp_path / 'huge.pth')
-    with pytest.raises(CheckpointError, match='NaN or infinite values in weight'):
-        load_weights(torch.nn.Linear(2, 1), str(tmp_path / 'huge.pth'), 'config.py')
-
-
-@pytest.mark.parametrize('numel', [2**20, 2**31, 2**40, 2**62])
+@pytest.mark.parametrize('numel', [2**31, 2**62])
 @pytest.mark.parametrize('zipped', [True, False], ids=['zip', 'legacy'])
 def test_a_promise_of_a_huge_tensor_takes_no_room(tmp_path, refuse, numel, zipped, little_memory):
     # Of 1,234 numbers, which the pickle names as a storage of so many.
@@ -412,7 +373,6 @@ CODE = {
         dict(state_dict=WEIGHTS, extra=p), path, _use_new_zipfile_serialization=False
     ),
     'bare pickle': lambda path, p: path.write_bytes(pickle.dumps(p)),
-    'bare pickle of protocol 2': lambda path, p: path.write_bytes(pickle.dumps(p, 2)),
     'tar archive': write_tar,
     'numpy file': lambda path, p: path.write_bytes(
         b'\x93NUMPY\x01\x00\x76\x00'
@@ -438,11 +398,6 @@ def test_the_payload_works(tmp_path):
     """Else the test above would show nothing."""
     pickle.loads(pickle.dumps(Payload(tmp_path / 'touched')))
     assert (tmp_path / 'touched').exists()
-
-
-def test_compiled_programs_are_refused(tmp_path, refuse):
-    torch.jit.script(torch.nn.Identity()).save(tmp_path / 'script.pth')
-    assert 'TorchScript' in refuse(None, 'script.pth')
 
 
 @pytest.fixture
@@ -513,16 +468,15 @@ KEY = 'decode_head.conv_seg.weight'
 IMAGES = 'shapes/images/validation'
 
 
-BYTES = ['truncated', 'flipped', 'empty']
 # What is said of each kind of file.
 REASONS = {
-    **dict.fromkeys(BYTES, 'is damaged or no checkpoint'),
+    'truncated': 'is damaged or no checkpoint',
     'flipped': 'checksum of whole/data/',
     'poisoned': 'NaN or infinite values in',
     'doubled': 'as torch.float64, but the model has it as torch.float32; cast',
     'code': 'holds pickled Python code',
     'other': 'does not fit',
-    'listed': 'no tensors (state_dict)',
+    'listed': 'no dense tensors by name (state_dict)',
 }
 
 
@@ -531,9 +485,9 @@ def bad(room):
     """A bad checkpoint of each kind."""
     raw = (room / 'whole.pth').read_bytes()
     middle = len(raw) // 2
+    (room / 'truncated.pth').write_bytes(raw[:middle])
     flipped = raw[:middle] + bytes([raw[middle] ^ 16]) + raw[middle + 1 :]
-    for kind, content in zip(BYTES, (raw[: len(raw) * 2 // 3], flipped, b''), strict=True):
-        (room / f'{kind}.pth').write_bytes(content)
+    (room / 'flipped.pth').write_bytes(flipped)
     state = torch.load(room / 'whole.pth', weights_only=True)['state_dict']
     for kind, content in dict(
         poisoned=dict(state_dict={**state, KEY: state[KEY] / 0}),
@@ -545,39 +499,31 @@ def bad(room):
         torch.save(content, room / f'{kind}.pth')
 
 
+# Those that train or test build data sets and model each time: few kinds each.
 COMMANDS = {
-    'test.py': 'tools/test.py CONFIG FILE --work-dir out',
-    '--resume': 'tools/train.py CONFIG --resume FILE --work-dir out',
-    'load_from': 'tools/train.py CONFIG --work-dir out --cfg-options load_from=FILE',
-    'init_cfg': 'tools/train.py pretrained.py --work-dir out --cfg-options '
-    'model.backbone.init_cfg.checkpoint=FILE',
-    'image_demo.py': f'demo/image_demo.py {IMAGES} CONFIG FILE --out-dir out',
-    'visualize_backbone.py': f'tools/analysis_tools/visualize_backbone.py {IMAGES}/000001.jpg '
-    '--config CONFIG --checkpoint FILE --out-dir out',
-    'export_onnx.py': 'tools/deployment/export_onnx.py CONFIG --checkpoint FILE --out out.onnx',
-    'publish_model.py': 'tools/model_converters/publish_model.py FILE out/a.pth',
-    'scalablevit_to_mm.py': 'tools/model_converters/scalablevit_to_mm.py FILE out/a.pth',
-    'mm_to_scalablevit.py': 'tools/model_converters/mm_to_scalablevit.py FILE out/a.pth',
+    'tools/test.py CONFIG FILE --work-dir out': 'truncated poisoned code other',
+    'tools/train.py CONFIG --resume FILE --work-dir out': 'flipped doubled',
+    'tools/train.py CONFIG --work-dir out --cfg-options load_from=FILE': 'code poisoned',
+    'tools/train.py pretrained.py --work-dir out --cfg-options '
+    'model.backbone.init_cfg.checkpoint=FILE': 'other',
+    f'demo/image_demo.py {IMAGES} CONFIG FILE --out-dir out': ' '.join(REASONS),
+    f'tools/analysis_tools/visualize_backbone.py {IMAGES}/000001.jpg --config CONFIG '
+    '--checkpoint FILE --out-dir out': 'truncated code other',
+    'tools/deployment/export_onnx.py CONFIG --checkpoint FILE --out out.onnx': ' '.join(REASONS),
+    'tools/model_converters/publish_model.py FILE out/a.pth': 'flipped poisoned code listed',
+    'tools/model_converters/scalablevit_to_mm.py FILE out/a.pth': 'truncated code other',
+    'tools/model_converters/mm_to_scalablevit.py FILE out/a.pth': 'code other listed',
 }
-# What these do not hold of a model: the head, or the arch's name.
-KINDS = {key: list(REASONS) for key in COMMANDS}
-KINDS['publish_model.py'] = [*BYTES, 'poisoned', 'code', 'listed']
-for name in ('init_cfg', 'visualize_backbone.py', 'scalablevit_to_mm.py', 'mm_to_scalablevit.py'):
-    KINDS[name] = [*BYTES, 'code', 'other', 'listed']
-# These build data sets and model each time.
-FEW = {
-    'test.py': ['truncated', 'poisoned', 'code', 'other'],
-    '--resume': ['flipped', 'doubled'],
-    'load_from': ['code', 'poisoned'],
-    'init_cfg': ['other'],
-}
+
+
+RESUME = 'tools/train.py CONFIG --resume FILE --work-dir out'
 
 
 def refusal(monkeypatch, room, command, file):
     """The sentence with which a command line ends."""
     monkeypatch.chdir(room)
     monkeypatch.setenv('SHAPES_ROOT', 'shapes')
-    words = COMMANDS[command].replace('CONFIG', str(SEGMENTOR)).replace('FILE', file).split()
+    words = command.replace('CONFIG', str(SEGMENTOR)).replace('FILE', file).split()
     monkeypatch.setattr(sys, 'argv', words)
     with pytest.raises(SystemExit) as exit_info:
         runpy.run_path(str(ROOT / words[0]), run_name='__main__')
@@ -588,19 +534,24 @@ def refusal(monkeypatch, room, command, file):
     return said
 
 
-@pytest.mark.parametrize(
-    ('command', 'kinds'),
-    [
-        *((command, FEW.get(command, kinds)) for command, kinds in KINDS.items()),
-        *(pytest.param(command, KINDS[command], marks=pytest.mark.long) for command in FEW),
-    ],
-    ids=[*KINDS, *(f'{command}-all' for command in FEW)],
-)
+@pytest.mark.parametrize(('command', 'kinds'), COMMANDS.items())
 def test_every_command_line_refuses_in_one_sentence(room, bad, monkeypatch, command, kinds):
-    for kind in kinds:
+    for kind in kinds.split():
         assert REASONS[kind] in refusal(monkeypatch, room, command, f'{kind}.pth'), kind
     assert not (room / 'touched').exists()
     assert not list(room.glob('out/*.pth'))
+
+
+@pytest.mark.parametrize('kind', ['truncated', 'poisoned', 'code'])
+def test_train_py_of_mmseg_refuses(room, bad, monkeypatch, kind):
+    """As its authors wrote it; test_tools.py has mmdet's."""
+    monkeypatch.chdir(room)
+    monkeypatch.setenv('SHAPES_ROOT', 'shapes')
+    command = [str(packaged('mmseg', 'train.py')), str(SEGMENTOR), '--work-dir', 'out']
+    monkeypatch.setattr(sys, 'argv', [*command, '--cfg-options', f'load_from={kind}.pth'])
+    with pytest.raises(CheckpointError, match=f'^checkpoint {kind}.pth .*{REASONS[kind]}'):
+        runpy.run_path(command[0], run_name='__main__')
+    assert not (room / 'touched').exists()
 
 
 def test_states_that_cannot_be_resumed_are_refused(room, monkeypatch):
@@ -616,7 +567,7 @@ def test_states_that_cannot_be_resumed_are_refused(room, monkeypatch):
         'NaN or infinite values in ema_state_dict.weight': average,
     }.items():
         torch.save(content, room / 'state.pth')
-        assert reason in refusal(monkeypatch, room, '--resume', 'state.pth')
+        assert reason in refusal(monkeypatch, room, RESUME, 'state.pth')
 
 
 # Mutations
@@ -727,20 +678,14 @@ def fuzz(folder, what, seed, count):
 
 @pytest.fixture(
     scope='module',
-    params=[
-        (1, dict(damaged=720, forged=150, legacy=45, safetensors=45)),
-        pytest.param(
-            (2, dict(damaged=7200, forged=3000, legacy=1800, safetensors=1800)),
-            marks=pytest.mark.long,
-        ),
-    ],
-    ids=['960', '13800'],
+    params=[1, pytest.param(10, marks=pytest.mark.long)],
+    ids=['960', '9600'],
 )
 def mutants(request, tmp_path_factory):
     """Load files that were changed at random; the outcomes by the kind of file."""
-    seed, counts = request.param
-    folder = tmp_path_factory.mktemp('mutants')
-    calls = [f't.fuzz({str(folder)!r}, {what!r}, {seed}, {n})' for what, n in counts.items()]
+    counts = dict(damaged=720, forged=150, legacy=45, safetensors=45)
+    folder, times = tmp_path_factory.mktemp('mutants'), request.param
+    calls = [f't.fuzz({str(folder)!r}, {k!r}, {times}, {times * n})' for k, n in counts.items()]
     process = subprocess.run(
         [sys.executable, '-W', 'ignore', '-c', f'import {__name__} as t; ' + '; '.join(calls)],
         cwd=folder,

@@ -1,5 +1,5 @@
 # Copyright (c) mmscalablevit contributors. All rights reserved.
-"""Reading checkpoints as input from strangers: damage is found, and no code is run.
+"""Reading checkpoints as untrusted input: damage is found, and no code is run.
 
 What PyTorch writes since 1.6 is a zip archive with a checksum of every record, so any change of a
 byte that means something is found. Its older format and safetensors have none: what breaks their
@@ -10,11 +10,9 @@ import argparse
 import codecs
 import contextlib
 import functools
-import os
 import os.path as osp
 import pickle
 import re
-import stat
 import tarfile
 import zipfile
 from collections import OrderedDict
@@ -27,11 +25,9 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, one_line, shorten
 
-# What PyTorch itself puts beside the entries of a state dict.
-_ATTRIBUTES = {'_metadata'}
-# Attribute of a folder in zip archives, as DOS had it.
+# Attribute of a folder in zip archives.
 _FOLDER = 0x10
-_PRECISIONS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_PRECISIONS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 # What torch.compile, FSDP and gradient checkpointing put into names, at any depth; and what
 # distributed training and moving averages put before them.
 _INSIDE = re.compile(
@@ -59,8 +55,7 @@ def read_checkpoint(filename: str, map_location: str | torch.device | None = Non
 
     Raises:
         FileNotFoundError: If there is no such file.
-        CheckpointError: If it cannot be read, is damaged, holds no dict, or holds Python objects
-            other than those above.
+        CheckpointError: If it is damaged, holds no dict, or holds other Python objects.
 
     Example:
         >>> import torch
@@ -73,7 +68,7 @@ def read_checkpoint(filename: str, map_location: str | torch.device | None = Non
     read = _read_safetensors if filename.endswith('.safetensors') else _read_pickled
     try:
         checkpoint = read(filename, map_location)
-    except CheckpointError:
+    except (CheckpointError, ImportError, PermissionError):
         raise
     # A damaged file fails anywhere in its reader, with errors of many types.
     except Exception as error:
@@ -83,27 +78,16 @@ def read_checkpoint(filename: str, map_location: str | torch.device | None = Non
             f'checkpoint {filename} holds a {type(checkpoint).__name__} and not a dict of weights'
         )
     _check_plain(checkpoint, filename)
-    meta = checkpoint.get('meta')
-    if meta is not None and not isinstance(meta, dict):
-        raise CheckpointError(
-            f'checkpoint {filename} holds a {type(meta).__name__} under meta and not a dict'
-        )
+    if not isinstance(checkpoint.get('meta') or {}, dict):
+        raise CheckpointError(f'checkpoint {filename} holds something under meta that is no dict')
     return checkpoint
 
 
 def check_file(filename: str) -> None:
-    """Check that a checkpoint is a file that can be opened."""
-    try:
-        # Before it is opened: that would wait for the other end of a pipe.
-        regular = stat.S_ISREG(os.stat(filename).st_mode)
-        if regular:
-            with open(filename, 'rb'):
-                pass
-    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
-        raise FileNotFoundError(f'checkpoint {filename} does not exist') from error
-    except OSError as error:
-        raise CheckpointError(f'checkpoint {filename} cannot be read ({error.strerror})') from error
-    if not regular:
+    """Check that a checkpoint is a file, before it is opened: a pipe would wait for its end."""
+    if not osp.exists(filename):
+        raise FileNotFoundError(f'checkpoint {filename} does not exist')
+    if not osp.isfile(filename):
         raise CheckpointError(f'checkpoint {filename} is a directory or device, not a file')
 
 
@@ -123,22 +107,12 @@ def find_weights(
     _check_plain(weights, filename)
     if not weights:
         raise CheckpointError(f'checkpoint {filename} holds no weights')
-    unnamed = [name for name in weights if not isinstance(name, str)]
-    if unnamed:
-        raise CheckpointError(
-            f'checkpoint {filename} holds weights whose names are no strings ({shorten(unnamed)})'
-        )
-    others = [name for name, value in weights.items() if not isinstance(value, Tensor)]
+    others = [k for k, v in weights.items() if not isinstance(k, str) or not _is_dense(v)]
     if others:
         raise CheckpointError(
-            f'checkpoint {filename} holds entries that are no tensors ({shorten(others)})'
+            f'checkpoint {filename} holds entries that are no dense tensors by name '
+            f'({shorten(others)})'
         )
-    for name, tensor in weights.items():
-        kind = _unusual_kind(tensor)
-        if kind:
-            raise CheckpointError(
-                f'checkpoint {filename} holds {one_line(name)} as a {kind} tensor, not a dense one'
-            )
     return _without_wrappers(weights, filename)
 
 
@@ -148,31 +122,27 @@ def check_values(
     """Check that weights are numbers, and of a precision that a model's parameters can hold.
 
     Lower precision than the model's is exact there, so it is taken, with a line in the log.
+    Without parameters, weights of any precision are taken.
     """
-    widened = {}
+    widened = set()
     for name, tensor in weights.items():
-        if parameters is None and tensor.dtype not in _PRECISIONS:
-            raise CheckpointError(
-                f'checkpoint {filename} holds {one_line(name)} as {tensor.dtype}, not as '
-                'floating-point numbers'
-            )
-        wanted = (parameters or {}).get(name, tensor).dtype
-        if tensor.dtype != wanted:
-            if not _is_exact(tensor.dtype, wanted):
+        held, wanted = tensor.dtype, (parameters or {}).get(name, tensor).dtype
+        if parameters is None and held not in _PRECISIONS:
+            wanted = torch.float32
+        if held != wanted:
+            exact = {held, wanted} <= _PRECISIONS and torch.promote_types(held, wanted) == wanted
+            if not exact:
                 raise CheckpointError(
-                    f'checkpoint {filename} holds {one_line(name)} as {tensor.dtype}, but the '
-                    f'model has it as {wanted}; cast such weights to {wanted} and save them again'
+                    f'checkpoint {filename} holds {one_line(name)} as {held}, but the model has it '
+                    f'as {wanted}; cast such weights to {wanted} and save them again'
                 )
-            widened[tensor.dtype, wanted] = widened.get((tensor.dtype, wanted), 0) + 1
-        if not _is_finite(tensor):
+            widened.add(f'{held} are widened to {wanted}')
+        if held in _PRECISIONS and not tensor.isfinite().all():
             raise CheckpointError(
                 f'checkpoint {filename} holds NaN or infinite values in {one_line(name)}'
             )
-    for (held, wanted), count in widened.items():
-        print_log(
-            f'checkpoint {filename}: {count} weights of {held} are widened to {wanted}, exactly',
-            logger='current',
-        )
+    for change in widened:
+        print_log(f'checkpoint {filename}: weights of {change}, exactly', logger='current')
 
 
 def load_weights(model: nn.Module, filename: str, config: str) -> dict:
@@ -188,8 +158,7 @@ def load_weights(model: nn.Module, filename: str, config: str) -> dict:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        CheckpointError: If it cannot be read, does not fit, is of a precision that the model cannot
-            hold, or holds NaN or infinite values; the message names what differs.
+        CheckpointError: If it cannot be read or does not fit; the message names what differs.
 
     Example:
         >>> model = torch.nn.Linear(2, 1)
@@ -210,10 +179,9 @@ def load_weights(model: nn.Module, filename: str, config: str) -> dict:
 
 def misfit(filename: str, config: str, error: Exception) -> CheckpointError:
     """Return the error for a checkpoint on which ``load_state_dict`` failed."""
-    # The first line only says that model and checkpoint differ.
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    lines = lines[1:] or lines
-    found = '; '.join(one_line(line, 120) for line in lines[:3])
+    lines = [one_line(line, 120) for line in str(error).splitlines() if line.strip()]
+    # The first of several lines only says that model and checkpoint differ.
+    found = '; '.join(lines[1:4] or lines)
     return CheckpointError(
         f'checkpoint {filename} does not fit the model of {config}: {found} '
         '(weights of the backbone alone belong to model.backbone.init_cfg)'
@@ -225,9 +193,7 @@ def _without_wrappers(weights: dict[str, Tensor], filename: str) -> dict[str, Te
         return _BEFORE.sub(r'\1', _INSIDE.sub('', name))
 
     names = {name: plain(name) for name in weights}
-    counters = [
-        name for name, new in names.items() if new in _COUNTERS and weights[name].numel() == 1
-    ]
+    counters = [k for k, new in names.items() if new in _COUNTERS and weights[k].numel() == 1]
     changed = [name for name, new in names.items() if name != new]
     if not changed and not counters:
         return weights
@@ -239,15 +205,9 @@ def _without_wrappers(weights: dict[str, Tensor], filename: str) -> dict[str, Te
     if isinstance(metadata, dict):
         left._metadata = OrderedDict((plain(f'{k}.')[:-1], v) for k, v in metadata.items())
     notes = [f'{shorten(counters)} left out'] if counters else []
-    if changed:
-        notes.append(f'{one_line(changed[0])} is read as {one_line(names[changed[0]])}')
+    notes += [f'{one_line(name)} is read as {one_line(names[name])}' for name in changed[:1]]
     print_log(f'checkpoint {filename}: {"; ".join(notes)}', logger='current')
     return left
-
-
-def _is_exact(held: torch.dtype, wanted: torch.dtype) -> bool:
-    known = held in _PRECISIONS and wanted in _PRECISIONS
-    return known and torch.promote_types(held, wanted) == wanted
 
 
 def _read_pickled(filename: str, map_location: str | torch.device | None) -> object:
@@ -266,58 +226,46 @@ def _check_records(filename: str) -> None:
     """Compare every record with its checksum; PyTorch's reader does not."""
     with zipfile.ZipFile(filename) as archive:
         records = archive.infolist()
-        # PyTorch stores weights as they are, so an archive cannot unfold to more than itself.
-        if any(record.compress_type != zipfile.ZIP_STORED for record in records):
-            raise ValueError('compressed records, as in programs of TorchScript')
-        # PyTorch's reader takes memory as it is for the content of what is marked as a folder.
-        if any(record.is_dir() or record.external_attr & _FOLDER for record in records):
-            raise ValueError('records that are folders')
-        if sum(record.file_size for record in records) > osp.getsize(filename):
-            raise ValueError('records that overlap')
-        if len({record.filename for record in records}) < len(records):
-            raise ValueError('records of the same name')
+        # PyTorch stores weights as they are; of compressed or overlapping records a small file
+        # could unfold to any size, and for folders its reader shows what was in memory.
+        plain = all(
+            record.compress_type == zipfile.ZIP_STORED
+            and not record.is_dir()
+            and not record.external_attr & _FOLDER
+            for record in records
+        )
+        names = {record.filename for record in records}
+        size = sum(record.file_size for record in records)
+        if not plain or len(names) < len(records) or size > osp.getsize(filename):
+            raise ValueError('records that are compressed, overlap, or are folders')
         damaged = archive.testzip()
     if damaged:
         raise ValueError(f'checksum of {damaged} is wrong')
 
 
 def _read_safetensors(filename: str, map_location: str | torch.device | None) -> dict:
-    try:
-        from safetensors.torch import load_file
-    except ImportError as error:
-        raise CheckpointError(
-            f'checkpoint {filename} needs the package safetensors: pip install safetensors'
-        ) from error
+    from safetensors.torch import load_file
+
     return load_file(filename, device=str(map_location or 'cpu'))
 
 
 def _check_plain(content: dict, filename: str) -> None:
     # A pickle can give an OrderedDict attributes, which then hide its methods.
-    attributes = [name for name in getattr(content, '__dict__', ()) if name not in _ATTRIBUTES]
+    attributes = [name for name in getattr(content, '__dict__', ()) if name != '_metadata']
     if attributes:
-        raise CheckpointError(
-            f'checkpoint {filename} holds a dict with attributes ({shorten(attributes)})'
-        )
+        names = shorten(attributes)
+        raise CheckpointError(f'checkpoint {filename} holds a dict with attributes ({names})')
 
 
-def _unusual_kind(tensor: Tensor) -> str | None:
-    if tensor.is_nested:
-        return 'nested'
-    if tensor.layout != torch.strided:
-        return 'sparse'
-    if tensor.is_quantized:
-        return 'quantized'
-    return 'meta' if tensor.is_meta else None
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    if tensor.dtype not in _PRECISIONS:
-        return True
-    # A view of any size can stand for one stored number.
-    stored = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    stored.set_(tensor.untyped_storage())
-    values = tensor if tensor.numel() <= stored.numel() else stored
-    return bool(values.isfinite().all())
+def _is_dense(tensor: object) -> bool:
+    """Whether it is a tensor that holds its numbers, each as such."""
+    return (
+        isinstance(tensor, Tensor)
+        and tensor.layout == torch.strided
+        and not (tensor.is_nested or tensor.is_quantized or tensor.is_meta)
+        # A view of any size can stand for one stored number.
+        and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+    )
 
 
 def _reason(error: Exception) -> str:

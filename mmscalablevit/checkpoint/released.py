@@ -51,22 +51,20 @@ def load_backbone_checkpoint(
 
     - left out: what lies outside the backbone in the model of a toolbox, the classifier's ``head``,
       its ``norm`` unless the backbone has ``final_norm``, stages after the last output, and norms
-      of stages that are not put out;
+      of stages that are no output;
     - ``norm_list`` of a file that has none, as the classifier's: it is initialized to identity.
 
     Args:
         model (nn.Module): A ``ScalableViT``. It stays as it was if the checkpoint is refused.
-        checkpoint (str): A local path, a URL (``http://``, ``https://``, ``file://``), or an
-            address that mmengine's file backends know. A ``.safetensors`` file needs that package.
+        checkpoint (str): A path, a URL, or an address that mmengine's file backends know.
         prefix (str, optional): Beginning of the backbone's names in the file. Defaults to None:
             ``backbone.`` if there are such names, otherwise none.
         map_location (str): Device to read the file to. Defaults to 'cpu'.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        CheckpointError: If the file cannot be read, does not fit, is of another precision, or
-            holds NaN or infinite values. The message names the ``arch`` that fits, or lists the
-            keys.
+        CheckpointError: If the file cannot be read or does not fit. The message names the ``arch``
+            that fits, or lists the keys.
 
     Example:
         >>> import torch
@@ -102,19 +100,7 @@ def load_backbone_checkpoint(
 
 
 def read_weights(checkpoint: str, map_location: str = 'cpu') -> dict[str, Tensor]:
-    """Read the weights of a checkpoint under their own names, without what wraps them.
-
-    Args:
-        checkpoint (str): See :func:`load_backbone_checkpoint`.
-        map_location (str): Device to read to. Defaults to 'cpu'.
-
-    Returns:
-        dict[str, Tensor]: The tensors in the file's order, without what wrappers of a model put
-        into their names.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        CheckpointError: If it cannot be read or holds something other than weights.
+    """Read the weights of a checkpoint, as :func:`load_backbone_checkpoint` does.
 
     Example:
         >>> import torch
@@ -149,8 +135,7 @@ def split_backbone(
     weights: dict[str, Tensor], checkpoint: str, prefix: str | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Split weights into those of the backbone, in the released names, and the others."""
-    found = prefix is None
-    if found:
+    if prefix is None:
         prefix = 'backbone.' if any(name.startswith('backbone.') for name in weights) else ''
     elif prefix and not prefix.endswith('.'):
         prefix += '.'
@@ -164,12 +149,6 @@ def split_backbone(
     outside = {name: tensor for name, tensor in weights.items() if name not in inside}
     if len(backbone) < len(inside):
         raise CheckpointError(f'checkpoint {checkpoint} holds some weights under two names')
-    twins = [n for n in outside if released_name(n) in backbone and not _is_of_classifier(n)]
-    if found and twins:
-        raise CheckpointError(
-            f'checkpoint {checkpoint} holds some weights under two names, with the prefix '
-            f"'backbone.' and without ({shorten(twins)}); prefix='backbone.' takes the former"
-        )
     return backbone, outside
 
 
@@ -200,25 +179,7 @@ def nearest_arch(model_type: type[nn.Module], weights: dict[str, Tensor]) -> tup
 
 
 def recognize(model_type: type[nn.Module], weights: dict[str, Tensor], checkpoint: str) -> str:
-    """Check that weights are those of one whole backbone, and name its arch.
-
-    Args:
-        model_type (type[nn.Module]): ``ScalableViT``.
-        weights (dict[str, Tensor]): Weights in the released names, with or without ``norm`` and
-            ``norm_list``.
-        checkpoint (str): The file, for messages.
-
-    Returns:
-        str: The name of the arch.
-
-    Raises:
-        CheckpointError: If weights are missing, left over, of another shape, or no numbers.
-
-    Example:
-        >>> from mmscalablevit import ScalableViT
-        >>> recognize(ScalableViT, ScalableViT('base').state_dict(), 'base.pth')
-        'base'
-    """
+    """Check that weights in the released names are those of one whole backbone; name its arch."""
     arch, _ = nearest_arch(model_type, weights)
     parts = {name.split('.')[0] for name in weights}
     stages = {int(i) for i in re.findall(r'\bpatch_embeds\.([0-3])\.', ' '.join(weights))}
@@ -289,14 +250,10 @@ def _in_channels(weights: dict[str, Tensor]) -> int:
     return stem.shape[1] if known else 3
 
 
-def _is_of_classifier(name: str) -> bool:
-    return name.split('.')[0] in ('head', 'norm')
-
-
 def _is_known_surplus(model: nn.Module, name: str) -> bool:
-    if _is_of_classifier(name):
-        return True
     part, index, *_ = [*name.split('.'), '']
+    if part in ('head', 'norm'):
+        return True
     if part not in _PER_STAGE or not re.fullmatch(f'[0-{_NUM_STAGES - 1}]', index):
         return False
     if part == 'norm_list' and int(index) < len(getattr(model, 'norm_list', ())):
