@@ -151,7 +151,8 @@ def test_a_killed_rank_ends_the_slurm_job(slurm, room, environment):
 
     assert job.process.returncode != 0
     assert 'task 1: Killed' in job.output
-    assert on_slurm(slurm, room, environment, 'squeue', '-h') == ''
+    # Slurm frees the nodes after srun has returned.
+    job.wait_until(lambda: on_slurm(slurm, room, environment, 'squeue', '-h') == '', 60)
 
 
 def test_requeued_slurm_job_is_resumed(slurm, room, environment, alone):
