@@ -6,38 +6,17 @@ A mark is the comment in the line above a block: ``<!-- tested: KIND -->`` or
 ``python`` (a script), ``shell`` (variables for the commands) and ``file NAME``.
 """
 
-import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).parents[1]
+from jobs import ROOT, run_tool
+
 BLOCK = re.compile(
     r'(?:<!-- (tested|not tested): *(.*?) *-->\n)?^```(\w+)\n(.*?)^```', re.DOTALL | re.MULTILINE
 )
-# One process imports the toolboxes; each command is a fork of it.
-DRIVER = """
-import json, os, runpy, sys
-import mmscalablevit, mmdet.apis, mmseg.apis
-for command in json.load(sys.stdin):
-    sys.stdout.flush()
-    pid = os.fork()
-    if not pid:
-        sys.argv = command
-        print('>>>', *command, flush=True)
-        if command[0] == '-c':
-            exec(command[1])
-        else:
-            # As Python does: tools import what lies beside them.
-            sys.path[0] = os.path.dirname(os.path.abspath(command[0]))
-            runpy.run_path(command[0], run_name='__main__')
-        sys.exit()
-    if os.waitpid(pid, 0)[1]:
-        sys.exit(f'{command} failed')
-"""
 # For speed: no processes for the data.
 LOADERS = [
     f'{loader}_dataloader.{setting}'
@@ -76,16 +55,5 @@ def environment():
 
 
 def run_commands(commands, folder):
-    """Run Python commands, lists of arguments, one after the other; what each printed."""
-    process = subprocess.run(
-        [sys.executable, '-c', DRIVER],
-        input=json.dumps(commands),
-        cwd=folder,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=900,
-    )
-    assert process.returncode == 0, process.stdout[-4000:]
-    return re.split(r'^>>> ', process.stdout, flags=re.MULTILINE)[1:]
+    """Run Python commands, lists of arguments, one after the other; each, and what it printed."""
+    return [f'{" ".join(words)}\n{run_tool(words, folder, environment())}' for words in commands]

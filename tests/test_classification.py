@@ -2,7 +2,6 @@
 """Classification with mmpretrain: golden logits, head, recipe, training on a folder of images."""
 
 import json
-import os
 import re
 import runpy
 import subprocess
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from golden import REFERENCE, TINY, read_json, reference_input, reference_state, relative_error
+from jobs import run_tool
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from safetensors.torch import load_file
@@ -181,20 +181,8 @@ def trained(tmp_path_factory):
     config = folder / 'tiny.py'
     base = config_path('small')
     config.write_text(TINY_CONFIG.format(base=base, data=folder / 'data', arch=TINY))
-    run_tool(ROOT / 'tools' / 'train.py', config, '--work-dir', folder / 'work')
+    run_tool([ROOT / 'tools' / 'train.py', config, '--work-dir', folder / 'work'], ROOT)
     return folder
-
-
-def run_tool(script, *arguments):
-    run = subprocess.run(
-        [sys.executable, script, *arguments],
-        cwd=ROOT,
-        env=dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1'),
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    return run.stdout + run.stderr
 
 
 def scalars(folder):
@@ -210,13 +198,8 @@ def test_training_learns_a_folder_of_images(trained):
 
 
 def test_testing_gives_the_accuracy_of_the_last_validation(trained):
-    output = run_tool(
-        ROOT / 'tools' / 'test.py',
-        trained / 'tiny.py',
-        trained / 'work' / 'epoch_12.pth',
-        '--work-dir',
-        trained / 'test',
-    )
+    command = [ROOT / 'tools' / 'test.py', 'tiny.py', 'work/epoch_12.pth', '--work-dir', 'test']
+    output = run_tool(command, trained)
     (accuracy,) = re.findall(r'accuracy/top1: ([\d.]+)', output)
     validated = scalars(trained / 'work')[-1]['accuracy/top1']
     assert float(accuracy) == pytest.approx(validated, abs=0.01)
@@ -226,7 +209,7 @@ def test_mmpretrains_own_tool_trains_the_config(trained):
     tool = Path(mmpretrain.__file__).parent / '.mim' / 'tools' / 'train.py'
     arguments = ['train_cfg.max_epochs=1', 'train_cfg.val_interval=1']
     options = ['--no-persistent-workers', '--cfg-options', *arguments]
-    run_tool(tool, trained / 'tiny.py', '--work-dir', trained / 'own', *options)
+    run_tool([tool, 'tiny.py', '--work-dir', 'own', *options], trained)
     assert 'accuracy/top1' in scalars(trained / 'own')[-1]
 
 

@@ -1,15 +1,13 @@
 # Copyright (c) mmscalablevit contributors. All rights reserved.
 """What all command lines have in common: help with an example, and one sentence for an error."""
 
-import json
 import os
 import shlex
 import subprocess
-import sys
 
 import pytest
 from doc_blocks import ROOT, environment
-from jobs import draw_shapes
+from jobs import draw_shapes, finish, start_tool
 
 PYTHON = sorted(
     str(path.relative_to(ROOT))
@@ -123,36 +121,6 @@ SHELL_MISTAKES = {
     ],
     'tools/slurm_train.sh': [('', 2), ('gpu job nowhere.py work', 1)],
 }
-# One process imports the toolboxes; each command is a fork of it, and its output a file. A fork
-# ends without tearing its modules down, which takes longer than most commands.
-DRIVER = """
-import gc, json, os, runpy, sys, traceback
-import mmscalablevit, mmdet.apis, mmseg.apis, mmpretrain.apis
-gc.freeze()
-for number, command in enumerate(json.load(sys.stdin)):
-    pid = os.fork()
-    if not pid:
-        out = os.open(f'{number}.log', os.O_WRONLY | os.O_CREAT)
-        os.dup2(out, 1)
-        os.dup2(out, 2)
-        sys.argv = command
-        sys.path[0] = os.path.dirname(command[0])
-        code = 0
-        try:
-            runpy.run_path(command[0], run_name='__main__')
-        except SystemExit as stopped:
-            code = stopped.code or 0
-            if not isinstance(code, int):
-                print(code, file=sys.stderr)
-                code = 1
-        except BaseException:
-            traceback.print_exc()
-            code = 1
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
 CASES = [(tool, '--help', '') for tool in PYTHON] + [
     (tool, arguments, named) for tool in PYTHON for arguments, named in MISTAKES.get(tool, [])
 ]
@@ -175,21 +143,12 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope='module')
 def outcomes(folder):
     """The exit code and output of every command."""
-    commands = [[str(ROOT / tool), *shlex.split(words)] for tool, words, _ in CASES]
-    process = subprocess.run(
-        [sys.executable, '-c', DRIVER],
-        input=json.dumps(commands),
-        cwd=folder,
-        env={**environment(), 'SHAPES_ROOT': 'shapes', 'COLUMNS': '200'},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert process.returncode == 0, process.stderr[-4000:]
-    codes = [int(line) for line in process.stdout.splitlines() if line.lstrip('-').isdigit()]
-    assert len(codes) == len(CASES)
-    said = [(folder / f'{number}.log').read_text() for number in range(len(CASES))]
-    return dict(zip(CASES, zip(codes, said, strict=True), strict=True))
+    variables = {**environment(), 'SHAPES_ROOT': 'shapes', 'COLUMNS': '200'}
+    found = {}
+    for number, case in enumerate(CASES):
+        command, log = [ROOT / case[0], *shlex.split(case[1])], folder / f'{number}.log'
+        found[case] = finish(start_tool(command, folder, log, variables)), log.read_text()
+    return found
 
 
 @pytest.mark.parametrize('tool', PYTHON)

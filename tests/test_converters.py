@@ -2,23 +2,21 @@
 """Converters: exact both ways, refusing what is not whole; publishing."""
 
 import hashlib
-import importlib.util
 import itertools
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from golden import (
     REFERENCE,
+    TINY,
     in_old_names,
     read_json,
     reference_input,
     reference_state,
     relative_error,
 )
+from jobs import ROOT, load_tool, run_tool
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from safetensors.torch import load_file
@@ -26,36 +24,11 @@ from safetensors.torch import load_file
 from mmscalablevit import ScalableViT, cli
 from mmscalablevit.errors import CheckpointError
 
-ROOT = Path(__file__).parents[1]
 TOOLS = ROOT / 'tools' / 'model_converters'
-TINY = dict(
-    embed_dims=(16, 16, 32, 32),
-    num_heads=(2, 2, 4, 4),
-    depths=(2, 2, 3, 2),
-    c_ratios=(1.25, 2, 0.5, 1),
-    sr_ratios=(8, 4, 2, 1),
-    window_sizes=(7, 5, 7, 3),
-    mlp_ratios=(4, 2, 4, 4),
-    ssa_kv='separate',
-)
 
 
 def tool(name):
-    spec = importlib.util.spec_from_file_location(name, TOOLS / f'{name}.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def run(name, *arguments):
-    """A converter as a user calls it."""
-    return subprocess.run(
-        [sys.executable, TOOLS / f'{name}.py', *arguments],
-        cwd=ROOT,
-        env=dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1'),
-        capture_output=True,
-        text=True,
-    )
+    return load_tool(f'tools/model_converters/{name}.py')
 
 
 @pytest.fixture
@@ -200,9 +173,8 @@ def test_released_small_classifier_from_the_command_line(saved, tmp_path):
         tmp_path / 'new' / 'a.pth',
         tmp_path / 'b.pth',
     )
-    result = run('scalablevit_to_mm', source, target, '--task', 'classifier')
-    assert result.returncode == 0, result.stderr
-    assert f"{target}: classifier of arch 'small', 492 tensors" in result.stdout
+    said = run_tool([TOOLS / 'scalablevit_to_mm.py', source, target, '--task', 'classifier'], ROOT)
+    assert f"{target}: classifier of arch 'small', 492 tensors" in said
 
     cfg = Config.fromfile(ROOT / 'configs/classification/scalablevit-s_8xb128_in1k.py')
     init_default_scope('mmpretrain')
@@ -215,8 +187,7 @@ def test_released_small_classifier_from_the_command_line(saved, tmp_path):
         relative_error(logits, load_file(REFERENCE / 'logits_small.safetensors')['logits']) < 1e-5
     )
 
-    result = run('mm_to_scalablevit', target, back)
-    assert result.returncode == 0, result.stderr
+    run_tool([TOOLS / 'mm_to_scalablevit.py', target, back], ROOT)
     assert_same(torch.load(back, weights_only=True)['model'], official)
 
 
@@ -224,12 +195,10 @@ def test_detection_naming_from_the_command_line(saved, tmp_path):
     entries = read_json('port_key_map_small_kvmerged.json')
     official = reference_state({e['official_style']: e['shape'] for e in entries})
     port = {e['port']: official[e['official_style']] for e in entries}
-    result = run('scalablevit_to_mm', saved(port), tmp_path / 'a.pth')
-    assert "backbone of arch 'small-merged'" in result.stdout, result.stderr
-    result = run(
-        'mm_to_scalablevit', tmp_path / 'a.pth', tmp_path / 'b.pth', '--naming', 'detection'
-    )
-    assert result.returncode == 0, result.stderr
+    said = run_tool([TOOLS / 'scalablevit_to_mm.py', saved(port), 'a.pth'], tmp_path)
+    assert "backbone of arch 'small-merged'" in said
+    back = [TOOLS / 'mm_to_scalablevit.py', 'a.pth', 'b.pth', '--naming', 'detection']
+    run_tool(back, tmp_path)
     assert_same(torch.load(tmp_path / 'b.pth', weights_only=True)['state_dict'], port)
 
 

@@ -24,7 +24,37 @@ from test_dataset_converters import (
 )
 
 PAGE = ROOT / 'docs' / 'custom_dataset.md'
-# For speed: small images, few iterations and proposals, no optimizer in the checkpoints.
+# For speed: small images and models, few iterations and proposals, no optimizer in checkpoints.
+EMBED_DIMS = [16, 16, 32, 32]
+BACKBONE = {
+    f'model.backbone.arch.{key}': value
+    for key, value in dict(
+        _delete_=True,
+        embed_dims=EMBED_DIMS,
+        num_heads=[1, 1, 2, 2],
+        depths=[2, 2, 2, 1],
+        c_ratios=[1, 1, 1, 1],
+        sr_ratios=[8, 4, 2, 1],
+        window_sizes=[7, 7, 7, 7],
+        mlp_ratios=[2, 2, 2, 2],
+        ssa_kv='merged',
+    ).items()
+}
+RETINANET = {**BACKBONE, 'model.neck.in_channels': EMBED_DIMS}
+MASK_RCNN = {**RETINANET, 'model.roi_head.bbox_head.fc_out_channels': 32}
+UPERNET = {
+    **BACKBONE,
+    'model.decode_head.in_channels': EMBED_DIMS,
+    'model.auxiliary_head.in_channels': EMBED_DIMS[2],
+    'model.decode_head.channels': 16,
+    'model.auxiliary_head.channels': 16,
+}
+
+
+def as_options(settings):
+    return [f'{key}={value}' for key, value in settings.items()]
+
+
 SHORT = [
     *LOADERS,
     'default_hooks.logger.interval=1',
@@ -44,9 +74,10 @@ FEW_PROPOSALS = [
     'model.test_cfg.rcnn.score_thr=0.0',
 ]
 OPTIONS = {
-    ('train.py', 'my_mask-rcnn.py'): [*DETECTION, *FEW_PROPOSALS],
+    ('train.py', 'my_mask-rcnn.py'): [*DETECTION, *FEW_PROPOSALS, *as_options(MASK_RCNN)],
     ('train.py', 'my_cells.py'): [
         *DETECTION,
+        *as_options(RETINANET),
         # The recipe leaves out images of less than 32 pixels, as these are.
         'train_dataloader.dataset.filter_cfg.min_size=1',
         'train_cfg.val_interval=1',
@@ -54,9 +85,14 @@ OPTIONS = {
         'model.test_cfg.nms_pre=20',
         'model.test_cfg.score_thr=0.0',
     ],
-    ('test.py', 'my_cells.py'): [*TEST_SMALL, 'model.test_cfg.nms_pre=20'],
+    ('test.py', 'my_cells.py'): [
+        *TEST_SMALL,
+        *as_options(RETINANET),
+        'model.test_cfg.nms_pre=20',
+    ],
     ('train.py', 'my_upernet.py'): [
         *SHORT,
+        *as_options(UPERNET),
         *SMALL_IMAGES,
         'train_dataloader.dataset.pipeline.3.crop_size=(64,64)',
         'model.data_preprocessor.size=(64,64)',
@@ -64,8 +100,12 @@ OPTIONS = {
         'train_cfg.val_interval=2',
         'default_hooks.checkpoint.interval=2',
     ],
-    ('test.py', 'my_mask-rcnn.py'): [*TEST_SMALL, *FEW_PROPOSALS[1:]],
-    ('test.py', 'my_upernet.py'): TEST_SMALL,
+    ('test.py', 'my_mask-rcnn.py'): [
+        *TEST_SMALL,
+        *FEW_PROPOSALS[1:],
+        *as_options(MASK_RCNN),
+    ],
+    ('test.py', 'my_upernet.py'): [*TEST_SMALL, *as_options(UPERNET)],
 }
 SHORTER = {'epoch_24': 'epoch_1', 'epoch_117': 'epoch_1', 'iter_20000': 'iter_2'}
 NUM_TRAIN, NUM_VAL = 4, 2
@@ -142,6 +182,7 @@ def page(tmp_path_factory):
         (folder / block.note.split()[1]).write_text(block.text)
     # What the page calls a Mask R-CNN trained on COCO.
     coco = Config.fromfile(ROOT / 'configs/detection/mask-rcnn_scalablevit-s_fpn_1x_coco.py')
+    coco.merge_from_dict(MASK_RCNN)
     init_default_scope('mmdet')
     torch.save(
         dict(state_dict=MODELS.build(coco.model).state_dict()), folder / 'mask-rcnn_coco.pth'

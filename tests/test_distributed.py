@@ -21,12 +21,12 @@ import numpy as np
 import pytest
 import torch
 from config_cases import CONFIGS, DEMO, load
-from jobs import draw_shapes, job_environment
+from jobs import ROOT, draw_shapes, job_environment, run, run_tool, scalars
 from mmengine.config import Config
 from mmengine.model import MMDistributedDataParallel
 from mmengine.optim import build_optim_wrapper
 from test_config_models import batch_of, build, shallow
-from test_tools import ROOT, SEGMENTOR, TOOLS, run, scalars
+from test_tools import SEGMENTOR, TOOLS
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -318,7 +318,7 @@ def train_by_one_and_two(config, room, environment):
     """Train with one process, and with two that have half of the batch each."""
     name = Path(config).stem
     one, two = f'{name} by one', f'{name} by two'
-    run([sys.executable, TOOLS / 'train.py', config, '--work-dir', one], room, environment)
+    run_tool([TOOLS / 'train.py', config, '--work-dir', one], room)
     options = ['--work-dir', two, '--cfg-options', 'train_dataloader.batch_size=2']
     by_two('dist_train.sh', room, environment, config, 2, *options)
     assert len(list((room / two).glob('rank*.jsonl'))) == 2
@@ -335,8 +335,7 @@ def evaluate_by_one_and_two(config, checkpoint, out, room, environment, *options
         outs.append(room / f'{work_dir}{out}')
         arguments = ['--work-dir', work_dir, '--out', outs[-1], *options]
         if number == 'one':
-            command = [sys.executable, TOOLS / 'test.py', config, checkpoint, *arguments]
-            run(command, room, environment)
+            run_tool([TOOLS / 'test.py', config, checkpoint, *arguments], room)
         else:
             by_two('dist_test.sh', room, environment, config, checkpoint, 2, *arguments)
         metrics.append(json.loads(max((room / work_dir).glob('*/*.json')).read_text()))
@@ -393,11 +392,10 @@ def test_two_processes_count_every_image_once(room, environment):
 
 
 @pytest.fixture(scope='module')
-def learned(room, environment):
+def learned(room):
     options = ['--cfg-options', 'train_cfg.max_iters=150', 'train_cfg.val_interval=150']
     options.append('default_hooks.checkpoint.interval=150')
-    command = [sys.executable, TOOLS / 'train.py', 'learned.py', '--work-dir', 'learned']
-    run([*command, *options], room, environment)
+    run_tool([TOOLS / 'train.py', 'learned.py', '--work-dir', 'learned', *options], room)
     return room / 'learned' / 'iter_150.pth'
 
 

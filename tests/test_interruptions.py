@@ -3,21 +3,21 @@
 
 import errno
 import json
-import multiprocessing
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
-from multiprocessing import forkserver
 from pathlib import Path
 from types import SimpleNamespace
 
+import jobs
 import numpy as np
 import pytest
 import torch
-from jobs import draw_shapes, job_environment, packaged
+from doc_blocks import LOADERS
+from jobs import ROOT, draw_shapes, fork_server, packaged, start_tool
 from mmengine.config import Config
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.model import BaseModel
@@ -33,7 +33,6 @@ from mmscalablevit.engine.runner import SafeRunner, lock_work_dir
 from mmscalablevit.errors import CheckpointError
 from mmscalablevit.work_dirs import find_checkpoint
 
-ROOT = Path(__file__).parents[1]
 TRAIN = ROOT / 'tools' / 'train.py'
 DATA = ROOT / 'tests' / 'data'
 MAX_ITERS = 24
@@ -73,46 +72,30 @@ def room(tmp_path_factory):
 
 
 def start(room, config, work_dir, *options, tool=TRAIN):
-    command = [sys.executable, tool, config, '--work-dir', work_dir, '--resume', *options]
-    with (room / f'{Path(work_dir).name}.txt').open('a') as log:
-        return subprocess.Popen(
-            command,
-            cwd=room,
-            env=job_environment(room),
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            # A job in the background of a shell would ignore it.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
+    command = [tool, config, '--work-dir', work_dir, '--resume', *options]
+    return start_tool(command, room, room / f'{Path(work_dir).name}.txt')
 
 
-def finish(process, room, work_dir, expect=0):
+def finish(job, room, work_dir, expect=0):
     """What a job and those before it in its work directory said, once it ends."""
-    try:
-        code = process.wait(timeout=900)
-    except BaseException:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
+    code = jobs.finish(job)
     output = (room / f'{Path(work_dir).name}.txt').read_text()
     assert code == expect, output[-4000:]
     return output
 
 
-def kill(process, work_dir, iteration, delay):
+def kill(job, work_dir, iteration, delay):
     """Kill a job with its workers some time after an iteration."""
-    deadline = time.monotonic() + 900
     reached = 0
     while reached < iteration:
-        assert process.poll() is None, 'the training ended before it was killed'
-        assert time.monotonic() < deadline
+        assert job.is_alive(), 'the training ended before it was killed'
         logs = sorted(work_dir.glob('*/vis_data/scalars.json'))
         lines = logs[-1].read_text().splitlines() if logs else []
         reached = max((json.loads(x)['step'] for x in lines if x.endswith('}')), default=0)
         time.sleep(0.02)
     time.sleep(delay)
-    os.killpg(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    os.killpg(job.pid, signal.SIGKILL)
+    assert jobs.finish(job) == -signal.SIGKILL
 
 
 def assert_same_training(one, other):
@@ -306,24 +289,11 @@ def test_seed_of_the_checkpoint(seed, tmp_path):
     assert runner.seed == (7 if seed is None else seed)
 
 
-@pytest.fixture(scope='module')
-def run_in_child():
-    """Call a function in a child process, and return the child.
-
-    The children are forks of a process that has imported everything and started no thread.
-    """
-    context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload([__name__])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv('PYTHONPATH', os.pathsep.join(sys.path))
-        forkserver.ensure_running()
-
-    def call(function, *args):
-        child = context.Process(target=function, args=args, daemon=True)
-        child.start()
-        return child
-
-    return call
+def run_in_child(function, *args):
+    """Call a function in a child process, and return the child."""
+    child = fork_server().Process(target=function, args=args, daemon=True)
+    child.start()
+    return child
 
 
 def train_toy(work_dir, options):
@@ -362,7 +332,7 @@ KEEP_ONE = {
 }
 
 
-def test_killed_between_any_two_steps_of_saving(tmp_path, run_in_child):
+def test_killed_between_any_two_steps_of_saving(tmp_path):
     killed, reached = 0, [0]
     while True:
         work_dir = tmp_path / str(killed)
@@ -381,7 +351,7 @@ def test_killed_between_any_two_steps_of_saving(tmp_path, run_in_child):
     assert killed >= 4 * 3 + 3
 
 
-def kills_while_writing(run_in_child, work_dir, kills, seed, aimed):
+def kills_while_writing(work_dir, kills, seed, aimed):
     """Kill trainings that write large checkpoints, a share of them while a file is written."""
     draw, in_writing, reached = random.Random(seed), 0, 0
     options = {
@@ -415,14 +385,14 @@ def kills_while_writing(run_in_child, work_dir, kills, seed, aimed):
     return in_writing, reached
 
 
-def test_killed_while_a_checkpoint_is_written(tmp_path, run_in_child):
-    in_writing, _ = kills_while_writing(run_in_child, tmp_path, kills=6, seed=0, aimed=1)
+def test_killed_while_a_checkpoint_is_written(tmp_path):
+    in_writing, _ = kills_while_writing(tmp_path, kills=6, seed=0, aimed=1)
 
     assert in_writing > 0
 
 
 @pytest.mark.long
-def test_killed_while_a_checkpoint_is_written_many_times(tmp_path, run_in_child):
+def test_killed_while_a_checkpoint_is_written_many_times(tmp_path):
     seed = random.randrange(1000)
     in_writing, reached = kills_while_writing(
         run_in_child, tmp_path, kills=100, seed=seed, aimed=0.5
@@ -676,11 +646,14 @@ def test_error_without_a_name_gets_that_of_the_folder(tmp_path):
 
 def test_interrupted_training_names_the_way_on(room):
     work_dir = room / 'interrupted'
-    job = start(room, 'segmentor.py', work_dir, '--cfg-options', 'train_cfg.max_iters=1000')
+    # Without workers of the data loader: one that hands over a tensor while its job ends would
+    # show the traceback of a thread of Python's own.
+    options = ['train_cfg.max_iters=1000', *LOADERS[:2]]
+    job = start(room, 'segmentor.py', work_dir, '--cfg-options', *options)
     while not list(work_dir.glob('*/vis_data/scalars.json')):
-        assert job.poll() is None
+        assert job.is_alive()
         time.sleep(0.05)
-    job.send_signal(signal.SIGINT)
+    os.kill(job.pid, signal.SIGINT)
     output = finish(job, room, work_dir, expect=-signal.SIGINT)
 
     assert 'Traceback' not in output

@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from jobs import draw_shapes, job_environment
+from jobs import ROOT, draw_shapes, job_environment, run, run_tool
 from test_distributed import CONFIG_TEXTS, Job, weight_difference
-from test_tools import ROOT, TOOLS, run
+from test_tools import TOOLS
 
 pytest.importorskip('mmseg')
 CLUSTER = Path(__file__).parent / 'cluster.sh'
@@ -64,10 +64,9 @@ def slurm(hosts, room):
 
 
 @pytest.fixture(scope='module')
-def alone(room, environment):
+def alone(room):
     """Work directory of one process, for weights to compare with."""
-    command = [sys.executable, TOOLS / 'train.py', CONFIG, '--work-dir', 'alone']
-    run(command, room, environment)
+    run_tool([TOOLS / 'train.py', CONFIG, '--work-dir', 'alone'], room)
     return room / 'alone'
 
 

@@ -4,14 +4,12 @@
 import json
 import math
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from golden import load_reference, reference_input, relative_error
-from jobs import draw_shapes, job_environment
+from jobs import draw_shapes, job_environment, run_tool
 from plain import plain_forward
 
 from mmscalablevit import ScalableViT
@@ -182,11 +180,8 @@ def train(folder, name, demo, iterations, *options, amp=False, threads=1):
     }
     tool, config = ROOT / 'tools' / 'train.py', ROOT / 'configs' / 'demo' / DEMOS[demo]
     options = [*options, *(f'{key}={value}' for key, value in settings.items())]
-    command = [sys.executable, tool, config, '--work-dir', name, *['--amp'] * amp]
-    env, output = job_environment(folder, threads), dict(capture_output=True, text=True)
-    command = [*map(str, command), '--cfg-options', *options]
-    job = subprocess.run(command, cwd=folder, env=env, timeout=7200, **output)
-    assert job.returncode == 0, job.stderr[-4000:]
+    command = [tool, config, '--work-dir', name, *['--amp'] * amp, '--cfg-options', *options]
+    run_tool(command, folder, job_environment(folder, threads))
 
     log = next((folder / name).glob('*/vis_data/scalars.json'))
     *steps, metrics = [json.loads(line) for line in log.read_text().splitlines()]

@@ -6,20 +6,16 @@ import ctypes
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
-from jobs import draw_shapes, job_environment
+from jobs import ROOT, draw_shapes, finish, job_environment, start_tool
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
 LIBC = ctypes.CDLL(None)
-ROOT = Path(__file__).parents[1]
 TRAIN = ROOT / 'tools' / 'train.py'
 # Another size for each image, down to the pixel, in two workers.
 CONFIG = """
@@ -84,28 +80,14 @@ def start(room, name, max_iters, threads=1, fail_at=0):
     config = room / f'{name}.py'
     base = ROOT / 'tests' / 'data' / 'tiny_mask-rcnn.py'
     config.write_text(CONFIG.format(base=base, max_iters=max_iters, file=file, fail_at=fail_at))
-    with (room / f'{name}.txt').open('w') as log:
-        process = subprocess.Popen(
-            [sys.executable, TRAIN, config, '--work-dir', room / name],
-            cwd=room,
-            env=job_environment(room, threads),
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            # A job in the background of a shell would ignore it.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
-    return process, file
+    log, environment = room / f'{name}.txt', job_environment(room, threads)
+    return start_tool([TRAIN, config, '--work-dir', room / name], room, log, environment), file
 
 
 def soak(room, iterations, threads):
     """Resident memory after each 20th iteration, in MiB, and the number of image sizes."""
-    process, file = start(room, f'soak_{iterations}_{threads}', iterations, threads)
-    try:
-        assert process.wait(timeout=3600) == 0, file.with_suffix('.txt').read_text()[-4000:]
-    except BaseException:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
+    job, file = start(room, f'soak_{iterations}_{threads}', iterations, threads)
+    assert finish(job) == 0, file.with_suffix('.txt').read_text()[-4000:]
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert len(lines) == iterations
     sizes = {tuple(size) for _, images in lines for size in images}
@@ -150,21 +132,21 @@ def test_memory_settles(room):
 def test_no_worker_outlives_its_job(how, code, room):
     max_iters = 3 if how in ('ends', 'fails') else 10**6
     fail_at = 3 if how == 'fails' else 0
-    process, file = start(room, f'workers_{how}', max_iters, fail_at=fail_at)
-    job, seen = psutil.Process(process.pid), {}
+    job, file = start(room, f'workers_{how}', max_iters, fail_at=fail_at)
+    process, seen = psutil.Process(job.pid), {}
     try:
-        deadline = time.monotonic() + 600
-        while process.poll() is None and time.monotonic() < deadline:
-            seen.update({child.pid: child for child in job.children(recursive=True)})
+        while job.is_alive():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                seen.update({child.pid: child for child in process.children(recursive=True)})
             if isinstance(how, int) and file.exists() and file.read_text().count('\n') >= 3:
                 # The process alone, and not its workers, which hold loaded images by now.
-                process.send_signal(how)
+                os.kill(job.pid, how)
                 break
             time.sleep(0.01)
-        assert process.wait(timeout=600) == code, file.with_suffix('.txt').read_text()[-4000:]
+        assert finish(job) == code, file.with_suffix('.txt').read_text()[-4000:]
         assert len(seen) >= 2
         _, left = psutil.wait_procs(seen.values(), timeout=300)
         assert not left
     finally:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+            os.killpg(job.pid, signal.SIGKILL)

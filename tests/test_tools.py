@@ -6,9 +6,7 @@ import os
 import pickle
 import runpy
 import shutil
-import signal
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,12 +15,11 @@ import mmengine
 import numpy as np
 import pytest
 import torch
-from jobs import draw_shapes, job_environment, packaged
+from jobs import ROOT, draw_shapes, job_environment, packaged, run, run_tool, scalars
 from mmengine.config import Config
 
 from mmscalablevit.errors import CheckpointError
 
-ROOT = Path(__file__).parents[1]
 TOOLS = ROOT / 'tools'
 DETECTOR = ROOT / 'tests' / 'data' / 'tiny_mask-rcnn.py'
 BOX_DETECTOR = ROOT / 'tests' / 'data' / 'tiny_retinanet.py'
@@ -41,33 +38,6 @@ def room(tmp_path_factory):
 @pytest.fixture(scope='module')
 def environment(room):
     return job_environment(room)
-
-
-def run(command, room, environment, expect=0):
-    process = subprocess.Popen(
-        [str(part) for part in command],
-        cwd=room,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output = process.communicate(timeout=600)[0]
-    except BaseException:
-        # With what the tool has started itself, such as the workers of torchrun.
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-    assert process.returncode == expect, output[-4000:]
-    return output
-
-
-def scalars(work_dir):
-    """What the latest run in a work directory logged: training steps and validations."""
-    newest = sorted(Path(work_dir).glob('*/vis_data/scalars.json'))[-1]
-    lines = [json.loads(line) for line in newest.read_text().splitlines()]
-    return [x for x in lines if 'loss' in x], [x for x in lines if 'loss' not in x]
 
 
 @pytest.fixture(scope='module')
@@ -95,11 +65,11 @@ def test_train_detector(room, detector):
     assert (room / 'detector' / 'epoch_1.pth').is_file()
 
 
-def test_resume_continues(room, environment, detector):
+def test_resume_continues(room, detector):
     shutil.copytree(room / 'detector', room / 'resumed')
     (room / 'resumed' / 'last_checkpoint').write_text(str(room / 'resumed' / 'epoch_1.pth'))
-    command = [sys.executable, TOOLS / 'train.py', DETECTOR, '--work-dir', 'resumed', '--resume']
-    run([*command, '--cfg-options', 'train_cfg.max_epochs=2'], room, environment)
+    command = [TOOLS / 'train.py', DETECTOR, '--work-dir', 'resumed', '--resume']
+    run_tool([*command, '--cfg-options', 'train_cfg.max_epochs=2'], room)
 
     first = torch.load(room / 'resumed' / 'epoch_1.pth', weights_only=False)
     second = torch.load(room / 'resumed' / 'epoch_2.pth', weights_only=False)
@@ -113,10 +83,10 @@ def test_resume_continues(room, environment, detector):
     assert [step['lr'] for step in steps] == pytest.approx(list(rates * 2 / 16))
 
 
-def test_test_detector(room, environment, detector):
-    command = [sys.executable, TOOLS / 'test.py', DETECTOR, 'detector/epoch_1.pth']
+def test_test_detector(room, detector):
+    command = [TOOLS / 'test.py', DETECTOR, 'detector/epoch_1.pth']
     options = ['--work-dir', 'tested', '--out', 'results/detections.pkl', '--show-dir', 'pictures']
-    output = run([*command, *options], room, environment)
+    output = run_tool([*command, *options], room)
 
     metrics = json.loads(next((room / 'tested').glob('*/*.json')).read_text())
     validated = scalars(room / 'detector')[1][-1]
@@ -143,10 +113,10 @@ def test_train_segmentor_with_amp(room, segmentor):
     assert {value.dtype for value in state.values()} == {torch.float32, torch.int64}
 
 
-def test_test_segmentor_with_tta(room, environment, segmentor):
-    command = [sys.executable, TOOLS / 'test.py', SEGMENTOR, 'segmentor/iter_4.pth', '--tta']
+def test_test_segmentor_with_tta(room, segmentor):
+    command = [TOOLS / 'test.py', SEGMENTOR, 'segmentor/iter_4.pth', '--tta']
     options = ['--work-dir', 'tested_seg', '--out', 'label_maps', '--show-dir', 'seg_pictures']
-    run([*command, *options], room, environment)
+    run_tool([*command, *options], room)
 
     metrics = json.loads(next((room / 'tested_seg').glob('*/*.json')).read_text())
     assert 0 <= metrics['mIoU'] <= 100
@@ -160,14 +130,14 @@ def test_test_segmentor_with_tta(room, environment, segmentor):
     assert len(list((room / 'seg_pictures').rglob('*.png'))) == NUM_VAL
 
 
-def test_tta_of_boxes(room, environment):
+def test_tta_of_boxes(room):
     from mmengine.registry import MODELS, init_default_scope
 
     cfg = Config.fromfile(BOX_DETECTOR)
     init_default_scope(cfg.default_scope)
     torch.save(dict(state_dict=MODELS.build(cfg.model).state_dict()), room / 'retinanet.pth')
-    command = [sys.executable, TOOLS / 'test.py', BOX_DETECTOR, 'retinanet.pth', '--tta']
-    run([*command, '--out', 'boxes.pkl'], room, environment)
+    command = [TOOLS / 'test.py', BOX_DETECTOR, 'retinanet.pth', '--tta']
+    run_tool([*command, '--out', 'boxes.pkl'], room)
 
     results = mmengine.load(room / 'boxes.pkl')
     assert len(results) == NUM_VAL
@@ -201,7 +171,7 @@ def test_two_processes(room, environment):
     output = run([TOOLS / 'dist_test.sh', *test, 2, '--work-dir', 'by two'], room, environment)
     # Each process takes half of the images; the result is that of all of them.
     assert f'[{NUM_VAL // 2}/{NUM_VAL // 2}]' in output
-    run([sys.executable, TOOLS / 'test.py', *test, '--work-dir', 'by one'], room, environment)
+    run_tool([TOOLS / 'test.py', *test, '--work-dir', 'by one'], room)
     together, alone = (
         json.loads(next((room / work_dir).glob('*/*.json')).read_text())
         for work_dir in ('by two', 'by one')
@@ -219,10 +189,10 @@ def test_two_processes(room, environment):
     ],
     ids=['mmdet', 'mmseg', 'FlexibleRunner'],
 )
-def test_other_tools_and_runners_train(toolbox, config, options, room, environment):
+def test_other_tools_and_runners_train(toolbox, config, options, room):
     tool = packaged(toolbox, 'train.py') if toolbox else TOOLS / 'train.py'
     work_dir = f'trained by {toolbox}'
-    run([sys.executable, tool, config, '--work-dir', work_dir, *options], room, environment)
+    run_tool([tool, config, '--work-dir', work_dir, *options], room)
 
     steps, validations = scalars(room / work_dir)
     assert [step['step'] for step in steps] == [1, 2, 3, 4]

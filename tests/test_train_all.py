@@ -6,19 +6,25 @@ import fcntl
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from jobs import draw_shapes, job_environment, load_tool
+from jobs import (
+    ROOT,
+    draw_shapes,
+    finish,
+    job_environment,
+    load_tool,
+    run_tool,
+    start_tool,
+)
 from mmengine.config import Config
 
 from mmscalablevit.errors import UserError
 
-ROOT = Path(__file__).parents[1]
 TOOL = ROOT / 'tools' / 'train_all.py'
 SEGMENTOR = ROOT / 'tests' / 'data' / 'tiny_upernet.py'
 # Its training set is COCO's, which is not there.
@@ -185,41 +191,8 @@ def room(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope='module')
-def environment(room):
-    return job_environment(room)
-
-
-def start(room, environment, *words):
-    return subprocess.Popen(
-        [sys.executable, str(TOOL), *(str(word) for word in words)],
-        cwd=room,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def run(room, environment, *words, expect=0):
-    process = start(room, environment, *words)
-    try:
-        output = process.communicate(timeout=600)[0]
-    except BaseException:
-        # By SIGTERM, on which it ends what it has started.
-        process.terminate()
-        raise
-    assert process.returncode == expect, output[-4000:]
-    return output
-
-
-def wait_for(path, process):
-    end = time.time() + 300
-    while not path.exists():
-        assert process.poll() is None, process.communicate()[0][-4000:]
-        assert time.time() < end
-        time.sleep(0.05)
+def run(room, *words, expect=0):
+    return run_tool([TOOL, *words], room, expect=expect)
 
 
 def alive(word):
@@ -233,30 +206,28 @@ def alive(word):
     return [line for line in lines if word in line]
 
 
-def test_interrupted_training_is_resumed(room, environment):
+def test_interrupted_training_is_resumed(room):
     pytest.importorskip('mmseg')
     work_dir = room / 'cut' / 'tiny_upernet'
     options = ['--work-root', 'cut', '--cfg-options', 'default_hooks.checkpoint.interval=2']
     options.append('train_cfg.val_interval=100000')
-    process = start(room, environment, SEGMENTOR, *options, 'train_cfg.max_iters=100000')
-    try:
-        wait_for(work_dir / 'last_checkpoint', process)
-        process.send_signal(signal.SIGINT)
-        output = process.communicate(timeout=120)[0]
-    except BaseException:
-        process.terminate()
-        raise
-
-    assert process.returncode == 130, output
+    log = room / 'cut.txt'
+    job = start_tool([TOOL, SEGMENTOR, *options, 'train_cfg.max_iters=100000'], room, log)
+    while not (work_dir / 'last_checkpoint').exists():
+        assert job.is_alive(), log.read_text()[-4000:]
+        time.sleep(0.05)
+    os.kill(job.pid, signal.SIGINT)
+    assert finish(job) == 130, log.read_text()[-4000:]
+    output = log.read_text()
     assert output.splitlines()[-1].startswith('interrupted')
     assert alive(f'--work-dir\0{Path("cut") / "tiny_upernet"}') == []
     reached = int(Path((work_dir / 'last_checkpoint').read_text()).stem.split('_')[1])
     assert 2 <= reached < 100000
 
     last = reached + 2
-    listed = run(room, environment, SEGMENTOR, *options, f'train_cfg.max_iters={last}', '--dry-run')
+    listed = run(room, SEGMENTOR, *options, f'train_cfg.max_iters={last}', '--dry-run')
     assert f'tiny_upernet: resume at iter {reached} of {last}' in listed
-    output = run(room, environment, SEGMENTOR, *options, f'train_cfg.max_iters={last}')
+    output = run(room, SEGMENTOR, *options, f'train_cfg.max_iters={last}')
     logs = sorted(work_dir.glob('*/vis_data/scalars.json'))
     assert len(logs) == 2
     records = [json.loads(line) for line in logs[1].read_text().splitlines()]
@@ -266,11 +237,11 @@ def test_interrupted_training_is_resumed(room, environment):
     assert (row['state'], row['last_step']) == ('finished', last)
     assert row['last'] == records[-1]['mIoU']
 
-    run(room, environment, SEGMENTOR, *options, f'train_cfg.max_iters={last}')
+    run(room, SEGMENTOR, *options, f'train_cfg.max_iters={last}')
     assert len(list(work_dir.glob('*/vis_data'))) == 2
 
 
-def test_slurm_and_a_failure(room, environment, tmp_path):
+def test_slurm_and_a_failure(room, tmp_path):
     """Both experiments go to Slurm at once; one fails, the other is trained and tested."""
     pytest.importorskip('mmseg')
     srun = tmp_path / 'srun'
@@ -286,9 +257,11 @@ exec "${{words[@]}}"
 """
     )
     srun.chmod(0o755)
-    environment = {**environment, 'PATH': os.pathsep.join([str(tmp_path), environment['PATH']])}
+    environment = job_environment(room)
+    environment['PATH'] = os.pathsep.join([str(tmp_path), environment['PATH']])
     slurm = ['--work-root', 'slurm', '--partition', 'gpu', '--gpus', '2', '--tta']
-    output = run(room, environment, WITHOUT_DATA, SEGMENTOR, *slurm, expect=1)
+    command = [TOOL, WITHOUT_DATA, SEGMENTOR, *slurm]
+    output = run_tool(command, room, environment, expect=1)
 
     calls = (tmp_path / 'calls').read_text()
     assert calls.count('--partition=gpu') == 3

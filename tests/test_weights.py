@@ -17,7 +17,7 @@ from urllib.parse import parse_qs, urlparse
 import pytest
 import torch
 from golden import read_json, reference_state
-from jobs import draw_shapes, job_environment
+from jobs import draw_shapes, run_tool
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import CheckpointLoader
@@ -272,14 +272,7 @@ def test_the_train_py_of_a_toolbox_starts_from_them(drive, tmp_path, toolbox, co
     head = {'head.weight': torch.ones(2, 32), 'head.bias': torch.ones(2)}
     torch.save(dict(model={**classifier.state_dict(), **head}), buffer := io.BytesIO())
     drive.files[RELEASED['small'].weights] = buffer.getvalue()
-    job = subprocess.run(
-        [sys.executable, train, path, '--work-dir', tmp_path / 'out'],
-        cwd=tmp_path,
-        env=job_environment(tmp_path),
-        capture_output=True,
-        text=True,
-    )
-    assert job.returncode == 0, job.stderr[-3000:]
+    run_tool([train, path, '--work-dir', tmp_path / 'out'], tmp_path)
     loaded = 'Loaded scalablevit://small into ScalableViT; left out: norm, head; norm_list is'
     (log,) = (tmp_path / 'out').glob('*/*.log')
     assert loaded in log.read_text()

@@ -132,9 +132,9 @@ def test_what_cannot_be_converted_is_named(tool, tmp_path, config, text):
 
 
 def test_the_command_line_proves_it(tool, tmp_path, monkeypatch, capsys):
-    pytest.importorskip('mmseg')
-    config = 'mmseg::segformer/segformer_mit-b0_8xb2-160k_ade20k-512x512.py'
+    pytest.importorskip('mmpretrain')
+    config = 'mmpretrain::resnet/resnet50_8xb32_in1k.py'
     out = tmp_path / 'my.py'
     monkeypatch.setattr(sys, 'argv', ['with_scalablevit.py', config, '--out', str(out)])
     cli.run(tool.main)
-    assert f'wrote {out}: EncoderDecoder with ScalableViT small, loss' in capsys.readouterr().out
+    assert f'wrote {out}: ImageClassifier with ScalableViT small, loss' in capsys.readouterr().out
