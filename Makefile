@@ -25,7 +25,8 @@ demo: $(STAMP)
 
 # One thread each: threads of several processes would wait for each other.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile \
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses auto --maxprocesses 4 \
+		--dist loadfile --no-loadscope-reorder \
 		$(PYTEST_ARGS)
 
 # With the original OpenMMLab packages, in an environment of their own: what needs no compiled

@@ -21,8 +21,6 @@ import torch
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
-# What tools import in seconds; those that are not installed are passed over.
-PRELOADED = ['jobs', 'mmscalablevit.cli', 'mmdet.apis', 'mmseg.apis', 'mmpretrain.apis']
 
 
 def draw_shapes(folder: Path, num_train: int = 8, num_val: int = 4, size: int = 64) -> None:
@@ -59,7 +57,7 @@ def job_environment(room: Path, threads: int = 1) -> dict[str, str]:
 def fork_server() -> multiprocessing.context.ForkServerContext:
     """What makes processes as forks of one that has imported the toolboxes, without threads."""
     context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(PRELOADED)
+    context.set_forkserver_preload(['preloaded'])
     with mock.patch.dict(os.environ, job_environment(Path())):
         forkserver.ensure_running()
     return context
@@ -94,7 +92,10 @@ def _run(command, folder, log, environment):
     sys.argv = command
     # As Python does: tools import what lies beside them.
     sys.path.insert(0, str(Path(command[0]).absolute().parent))
-    runpy.run_path(command[0], run_name='__main__')
+    if command[0] == '-c':
+        exec(command[1], {'__name__': '__main__'})
+    else:
+        runpy.run_path(command[0], run_name='__main__')
 
 
 def finish(job: multiprocessing.Process) -> int:

@@ -1,7 +1,6 @@
 # Copyright (c) mmscalablevit contributors. All rights reserved.
 """Trainings that are killed, or that the disk fails, and what is left of them."""
 
-import errno
 import json
 import os
 import random
@@ -10,27 +9,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import jobs
-import numpy as np
 import pytest
 import torch
 from doc_blocks import LOADERS
 from jobs import ROOT, draw_shapes, fork_server, packaged, start_tool
-from mmengine.config import Config
-from mmengine.hooks import CheckpointHook, Hook
-from mmengine.model import BaseModel
-from mmengine.registry import DATASETS, HOOKS, MODELS
-from mmengine.runner import loops
-from torch import nn
-from torch.utils.data import Dataset
+from toy import toy_runner
 
-from mmscalablevit import work_dirs
 from mmscalablevit.checkpoint.reading import read_checkpoint
-from mmscalablevit.engine.checkpoint_hook import AtomicLocalBackend
-from mmscalablevit.engine.runner import SafeRunner, lock_work_dir
-from mmscalablevit.errors import CheckpointError
+from mmscalablevit.engine.runner import lock_work_dir
 from mmscalablevit.work_dirs import find_checkpoint
 
 TRAIN = ROOT / 'tools' / 'train.py'
@@ -161,134 +149,6 @@ def test_training_killed_five_times_ends_with_the_same_weights(name, toolbox, ro
     )
 
 
-@MODELS.register_module()
-class _Toy(BaseModel):
-    """A model that draws random numbers, too."""
-
-    def __init__(self, width=4):
-        super().__init__()
-        self.layers = nn.Sequential(nn.Linear(4, width), nn.Dropout(0.5), nn.Linear(width, 1))
-
-    def forward(self, inputs, mode='tensor'):
-        return dict(loss=self.layers(inputs).square().mean())
-
-
-@DATASETS.register_module()
-class _Noise(Dataset):
-    """Augmentation with every generator that transforms use, beside the number of the sample."""
-
-    def __len__(self):
-        return 10
-
-    def __getitem__(self, index):
-        assert type(index) is int
-        noise = [index, random.random(), np.random.rand(), torch.rand(()).item()]
-        return dict(inputs=torch.tensor(noise))
-
-
-class Interrupted(Exception):
-    pass
-
-
-@HOOKS.register_module()
-class _InterruptHook(Hook):
-    def __init__(self, at):
-        self.at = at
-
-    def after_train_iter(self, runner, **kwargs):
-        if runner.iter + 1 == self.at:
-            raise Interrupted
-
-
-def toy_runner(work_dir, sampler='InfiniteSampler', epochs=False, workers=0, at=0, **kwargs):
-    loop = dict(by_epoch=True, max_epochs=3) if epochs else dict(by_epoch=False, max_iters=15)
-    cfg = Config(
-        dict(
-            model=dict(type='_Toy', width=kwargs.pop('width', 4)),
-            work_dir=str(work_dir),
-            train_dataloader=dict(
-                dataset=dict(type='_Noise'),
-                sampler=dict(type=sampler, shuffle=True),
-                batch_size=2,
-                num_workers=workers,
-                persistent_workers=workers > 0,
-                collate_fn=dict(type='default_collate'),
-            ),
-            train_cfg=loop,
-            optim_wrapper=dict(optimizer=dict(type='AdamW', lr=0.1)),
-            default_hooks=dict(
-                checkpoint=dict(type='CheckpointHook', by_epoch=epochs, interval=1 if epochs else 4)
-            ),
-            custom_hooks=[dict(type='_InterruptHook', at=at)],
-            randomness=dict(seed=5),
-            experiment_name=f'toy_{time.monotonic_ns()}',
-            log_level='ERROR',
-        )
-    )
-    cfg.merge_from_dict(kwargs)
-    return SafeRunner.from_cfg(cfg)
-
-
-@pytest.mark.parametrize(
-    ('sampler', 'epochs', 'workers'),
-    [
-        ('InfiniteSampler', False, 0),
-        ('InfiniteSampler', False, 2),
-        ('DefaultSampler', True, 2),
-        ('DefaultSampler', False, 0),
-    ],
-    ids=str,
-)
-def test_random_numbers_and_data_go_on(sampler, epochs, workers, tmp_path, monkeypatch):
-    # It waits for two seconds before each round of data.
-    monkeypatch.setattr(loops, 'time', SimpleNamespace(sleep=lambda seconds: None))
-    args = dict(sampler=sampler, epochs=epochs)
-    whole = toy_runner(tmp_path / 'whole', workers=workers, **args).train()
-    # In another number of workers, which decides neither data nor augmentation.
-    with pytest.raises(Interrupted):
-        toy_runner(tmp_path / 'cut', workers=2 - workers, at=11, **args).train()
-    resumed = toy_runner(tmp_path / 'cut', workers=workers, resume=True, **args)
-    resumed.train()
-
-    assert resumed.iter == 15
-    for key, value in whole.state_dict().items():
-        assert torch.equal(value, resumed.model.state_dict()[key])
-
-
-def test_augmentation_differs_between_samples_and_rounds(tmp_path):
-    seen = []
-
-    class Record(Hook):
-        def after_train_iter(self, runner, data_batch=None, **kwargs):
-            seen.extend(data_batch['inputs'])
-
-    runner = toy_runner(tmp_path, sampler='DefaultSampler', epochs=True)
-    runner.register_hook(Record())
-    runner.train()
-
-    samples = torch.stack(seen)
-    assert samples[:10, 0].sort().values.tolist() == list(range(10))
-    for generator in (1, 2, 3):
-        assert samples[:, generator].unique().numel() == 30
-
-
-def test_hooks_of_other_samplers_and_pipelines_reach_the_data_set(tmp_path):
-    runner = toy_runner(tmp_path)
-    dataset = runner.train_dataloader.dataset
-    dataset.pipeline = 'new'
-
-    assert dataset.dataset.pipeline == 'new'
-    assert not hasattr(dataset, 'no_such_attribute')
-
-
-@pytest.mark.parametrize('seed', [None, 1])
-def test_seed_of_the_checkpoint(seed, tmp_path):
-    toy_runner(tmp_path, randomness=dict(seed=7)).train()
-    runner = toy_runner(tmp_path, resume=True, randomness=dict(seed=seed))
-
-    assert runner.seed == (7 if seed is None else seed)
-
-
 def run_in_child(function, *args):
     """Call a function in a child process, and return the child."""
     child = fork_server().Process(target=function, args=args, daemon=True)
@@ -406,153 +266,6 @@ def test_killed_while_a_checkpoint_is_written_many_times(tmp_path):
     )
 
 
-SAVE_BEST = {
-    'default_hooks.checkpoint.save_best': 'score',
-    'default_hooks.checkpoint.rule': 'greater',
-}
-
-
-def test_best_checkpoint_is_replaced_after_the_next_is_whole(tmp_path, monkeypatch):
-    unlink, iterations = os.unlink, []
-
-    def unlink_if_there_is_another(path):
-        whole = [read_checkpoint(str(file)) for file in tmp_path.glob('best_*')]
-        iterations.append([checkpoint['meta']['iter'] for checkpoint in whole])
-        unlink(path)
-
-    monkeypatch.setattr(os, 'unlink', unlink_if_there_is_another)
-    runner = toy_runner(tmp_path, **SAVE_BEST)
-    runner.register_hook(_ScoreHook())
-    runner.train()
-
-    assert [sorted(there) for there in iterations] == [[4, 8], [8, 12]]
-    assert [path.name for path in tmp_path.glob('best_*')] == ['best_score_iter_12.pth']
-    assert runner.message_hub.get_info('best_ckpt') == str(tmp_path / 'best_score_iter_12.pth')
-
-
-def test_best_checkpoint_of_another_folder_is_not_removed(tmp_path):
-    other = tmp_path / 'other' / 'best_score_iter_2.pth'
-    other.parent.mkdir()
-    other.touch()
-    runner = toy_runner(tmp_path / 'here', **SAVE_BEST)
-    runner.register_hook(_ScoreHook())
-    runner.message_hub.update_info('best_ckpt', str(other))
-    runner.train()
-
-    assert other.exists()
-    assert len(list((tmp_path / 'here').glob('best_*'))) == 1
-
-
-def test_best_checkpoint_stays_where_the_next_cannot_be_written(tmp_path):
-    runner = toy_runner(tmp_path, **SAVE_BEST)
-    runner.register_hook(_ScoreHook())
-    (tmp_path / 'best_score_iter_8.pth.tmp').symlink_to('/dev/full')
-    with pytest.raises(OSError, match=r'No space left on device: .*best_score_iter_8\.pth'):
-        runner.train()
-
-    assert [path.name for path in tmp_path.glob('best_*')] == ['best_score_iter_4.pth']
-    assert read_checkpoint(str(tmp_path / 'best_score_iter_4.pth'))['meta']['iter'] == 4
-
-
-class _ScoreHook(Hook):
-    """Validations at iterations 4, 8 and 12, each better than the one before."""
-
-    # After the checkpoint of the iteration.
-    priority = 'LOWEST'
-
-    def after_train_iter(self, runner, **kwargs):
-        if (runner.iter + 1) % 4 == 0:
-            hook = next(hook for hook in runner.hooks if isinstance(hook, CheckpointHook))
-            # Validation comes once the iteration is counted.
-            runner.train_loop._iter += 1
-            hook.after_val_epoch(runner, dict(score=runner.iter))
-            runner.train_loop._iter -= 1
-
-
-def test_file_that_cannot_be_written_is_as_it_was(tmp_path):
-    file = tmp_path / 'epoch_1.pth'
-    AtomicLocalBackend().put(b'first', file)
-    (tmp_path / 'epoch_1.pth.tmp').symlink_to('/dev/full')
-    with pytest.raises(OSError, match='No space left') as raised:
-        AtomicLocalBackend().put(b'second', file)
-
-    assert raised.value.errno == errno.ENOSPC
-    assert raised.value.filename == str(file)
-    assert file.read_bytes() == b'first'
-    assert [path.name for path in tmp_path.iterdir()] == ['epoch_1.pth']
-
-
-def test_hooks_that_are_replaced_or_left_alone(tmp_path):
-    def names(**hooks):
-        runner = toy_runner(tmp_path)
-        runner.hooks.clear()
-        runner.register_default_hooks(hooks)
-        return [type(hook).__name__ for hook in runner.hooks]
-
-    assert {'AtomicCheckpointHook', 'IterSeedHook'} < set(names())
-    assert 'CheckpointHook' not in names(checkpoint=dict(type='CheckpointHook', interval=3))
-    assert not {'AtomicCheckpointHook', 'IterSeedHook'} & set(
-        names(checkpoint=None, iter_seed=None)
-    )
-
-
-def point_to(path):
-    return lambda folder: (folder / 'last_checkpoint').write_text(path)
-
-
-def spoil(*names, size=0):
-    return lambda folder: [os.truncate(folder / name, size) for name in names]
-
-
-@pytest.mark.parametrize(
-    ('change', 'expected'),
-    [
-        (lambda folder: None, 'iter_4.pth'),
-        (spoil('iter_4.pth'), 'iter_2.pth'),
-        (spoil('iter_4.pth', size=300), 'iter_2.pth'),
-        (point_to(''), 'iter_4.pth'),
-        (lambda folder: (folder / 'last_checkpoint').unlink(), 'iter_4.pth'),
-        (point_to('/where/it/was/iter_2.pth'), 'iter_2.pth'),
-        (point_to('s3://bucket/iter_6.pth'), 's3://bucket/iter_6.pth'),
-    ],
-    ids=['last', 'empty', 'truncated', 'empty pointer', 'no pointer', 'moved', 'remote'],
-)
-def test_checkpoint_to_resume_from(change, expected, tmp_path, monkeypatch):
-    said = []
-    monkeypatch.setattr(work_dirs, 'print_log', lambda message, *args: said.append(message))
-    write_checkpoints(tmp_path)
-    change(tmp_path)
-
-    found = find_checkpoint(str(tmp_path))
-    assert found == (expected if '://' in expected else str(tmp_path / expected))
-    if os.path.getsize(tmp_path / 'iter_4.pth') <= 300:
-        assert str(tmp_path / 'iter_4.pth') in said[0]
-        assert f'resuming from {found}' in said[0]
-
-
-def write_checkpoints(folder):
-    """Checkpoints of iterations 2 and 4, and the best of them, which no job can resume."""
-    for iteration in (2, 4):
-        state = dict(meta=dict(iter=iteration), message_hub={}, optimizer={}, state_dict={})
-        torch.save(state, folder / f'iter_{iteration}.pth')
-        os.utime(folder / f'iter_{iteration}.pth', (iteration, iteration))
-    torch.save(dict(meta={}, message_hub={}, state_dict={}), folder / 'best_iter_4.pth')
-    point_to(str(folder / 'iter_4.pth'))(folder)
-
-
-def test_no_checkpoint_to_resume_from(tmp_path):
-    torch.save(dict(state_dict={}), tmp_path / 'pretrained.pth')
-    assert find_checkpoint(str(tmp_path)) is None
-    assert find_checkpoint(str(tmp_path / 'none')) is None
-    point_to('/where/it/was/iter_2.pth')(tmp_path)
-    with pytest.raises(CheckpointError, match=r'names /where/it/was/iter_2\.pth'):
-        find_checkpoint(str(tmp_path))
-    write_checkpoints(tmp_path)
-    spoil('iter_2.pth', 'iter_4.pth', size=2)(tmp_path)
-    with pytest.raises(CheckpointError, match=r'nothing to resume from .*iter_4\.pth'):
-        find_checkpoint(str(tmp_path))
-
-
 def assert_one_sentence(output, *parts):
     last = output.strip().splitlines()[-1]
     assert last.startswith('error: ')
@@ -628,20 +341,6 @@ def test_work_dir_below_a_file(room):
     output = finish(process, room, room / 'file' / 'below', expect=1)
 
     assert_one_sentence(output, str(room / 'file'), 'Not a directory')
-
-
-def test_error_without_a_name_gets_that_of_the_folder(tmp_path):
-    class FullDisk(Hook):
-        def after_train_iter(self, runner, **kwargs):
-            with open('/dev/full', 'w') as file:
-                file.write('text')
-
-    runner = toy_runner(tmp_path)
-    runner.register_hook(FullDisk())
-    with pytest.raises(OSError, match='No space left') as raised:
-        runner.train()
-
-    assert raised.value.filename == str(tmp_path)
 
 
 def test_interrupted_training_names_the_way_on(room):

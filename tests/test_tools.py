@@ -6,7 +6,6 @@ import os
 import pickle
 import runpy
 import shutil
-import socket
 import sys
 from pathlib import Path
 
@@ -146,38 +145,6 @@ def test_tta_of_boxes(room):
         assert 0 < len(boxes) <= 100
         assert boxes.min() >= 0
         assert boxes.max() <= 64
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        return str(probe.getsockname()[1])
-
-
-def test_two_processes(room, environment):
-    environment = {**environment, 'PORT': free_port(), 'PYTHONPATH': ''}
-    script = TOOLS / 'dist_train.sh'
-    # The path has a space in it, for the quoting.
-    options = ['--work-dir', 'two processes', '--cfg-options', 'train_cfg.max_iters=2']
-    options.append('train_cfg.val_interval=2')
-    run([script, SEGMENTOR, 2, *options], room, environment)
-
-    steps, validations = scalars(room / 'two processes')
-    assert [step['step'] for step in steps] == [1, 2]
-    assert 'mIoU' in validations[-1]
-
-    environment.update(PORT=free_port(), PYTHONPATH=str(ROOT))
-    test = [SEGMENTOR, 'two processes/iter_2.pth']
-    output = run([TOOLS / 'dist_test.sh', *test, 2, '--work-dir', 'by two'], room, environment)
-    # Each process takes half of the images; the result is that of all of them.
-    assert f'[{NUM_VAL // 2}/{NUM_VAL // 2}]' in output
-    run_tool([TOOLS / 'test.py', *test, '--work-dir', 'by one'], room)
-    together, alone = (
-        json.loads(next((room / work_dir).glob('*/*.json')).read_text())
-        for work_dir in ('by two', 'by one')
-    )
-    for key in ('aAcc', 'mIoU', 'mAcc'):
-        assert together[key] == pytest.approx(alone[key])
 
 
 @pytest.mark.parametrize(

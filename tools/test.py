@@ -56,6 +56,8 @@ def set_out(cfg: Config, out: str) -> None:
     for metric in metrics:
         if metric.type == 'IoUMetric':
             metric.output_dir = out
+            # mmseg makes it in the first process alone, and others may write to it before that.
+            mkdir_or_exist(out)
             return
     raise cli.UserError(f'--out needs an IoUMetric among the test_evaluator of {cfg.filename}')
 
