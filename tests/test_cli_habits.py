@@ -45,6 +45,7 @@ MISTAKES = {
         ('shapes/photo.jpg --config nowhere.py --out-dir out', 'nowhere.py'),
     ],
     'tools/train_all.py': [('nowhere', 'nowhere')],
+    'tools/dataset_converters/coco_to_coco.py': [('nowhere out', 'nowhere')],
     'tools/dataset_converters/download_data.py': [('imagenet', 'imagenet')],
     'tools/dataset_converters/instance_maps_to_coco.py': [('nowhere out', 'nowhere')],
     'tools/dataset_converters/labelme_to_coco.py': [('nowhere out', 'nowhere')],

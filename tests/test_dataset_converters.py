@@ -210,6 +210,92 @@ def test_faults_of_instance_maps(convert, tmp_path):
     assert 'must both hold' in convert('instance_maps_to_coco.py', 'cells', 'out', *options[:2])[0]
 
 
+# Where the annotations and the images are, as the file names say, and options.
+COCO_LAYOUTS = {
+    'official': ('annotations/instances_{}2017.json', '{}2017/{}', '{1}', []),
+    'roboflow': ('{}id/_annotations.coco.json', '{}id/{}', '{1}', ['--train', 'trainid']),
+    'elsewhere': ('{}.json', 'photos/{}/{}', 'C:\\\\me\\\\{}\\\\{}', []),
+}
+
+
+def write_coco(root, layout, objects):
+    """A COCO data set of one image, 1.jpg of 40x30, and one annotation file a split."""
+    file, image, name, _ = COCO_LAYOUTS[layout]
+    for split, annotations in objects.items():
+        write_image(root / image.format(split, '1.jpg'))
+        content = dict(
+            images=[dict(id=7, file_name=name.format(split, '1.jpg'), width=40, height=30)],
+            annotations=[dict(dict(id=i, image_id=7), **x) for i, x in enumerate(annotations)],
+            categories=[dict(id=90, name='dog'), dict(id=3, name='cat')],
+        )
+        path = root / file.format(split)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize('layout', COCO_LAYOUTS)
+def test_coco(layout, convert, tmp_path):
+    polygons = [[2, 2, 12, 2, 12, 12, 2, 12], [0, 0, 1, 1]]
+    counts = dict(size=[30, 40], counts=[0, 30, 1170])
+    crowd = dict(category_id=90, bbox=[0, 0, 1, 30], segmentation=counts, area=5, iscrowd=1)
+    write_coco(
+        tmp_path / 'coco',
+        layout,
+        dict(
+            train=[dict(category_id=3, bbox=[2, 2, 10, 10], segmentation=polygons, area=0), crowd],
+            val=[dict(category_id=90, bbox=[30, 20, 20, 20])],
+        ),
+    )
+    write_image(tmp_path / 'coco' / 'unused' / '1.jpg')
+    code, said = convert('coco_to_coco.py', 'coco', 'out', *COCO_LAYOUTS[layout][3])
+
+    assert code == 0, said
+    coco, boxes = read('out/annotations/train.json')
+    assert list(boxes.values()) == [[('cat', [2, 2, 10, 10]), ('dog', [0, 0, 1, 30])]]
+    assert [x['name'] for x in coco.loadCats([1, 2])] == ['cat', 'dog']
+    polygon, rle = coco.loadAnns([1, 2])
+    assert polygon['segmentation'] == polygons[:1]
+    assert polygon['area'] == pytest.approx(100, abs=25)
+    assert (rle['area'], rle['iscrowd'], coco.annToMask(rle)[:, 0].sum()) == (30, 1, 30)
+    ((name, box),) = read('out/annotations/val.json')[1].items()
+    assert box == [('dog', [30, 20, 10, 10])]
+    assert Path('out/val', name).samefile(next(Path('coco').rglob('*val*/1.jpg')))
+
+
+def test_faults_of_coco(convert, tmp_path):
+    sound = dict(category_id=3, bbox=[2, 2, 10, 10])
+    faults = {
+        'category_id is of no category': dict(sound, category_id=4),
+        'bbox is not x, y, width, height': dict(category_id=3),
+        'box has no area': dict(sound, bbox=[2, 2, float('nan'), 3]),
+        'box is outside the image': dict(sound, bbox=[-9, 2, 3, 3]),
+        'mask has no area in the image': dict(sound, segmentation=[[50, 1, 60, 1, 60, 9]]),
+        'run-length encoding is not of the size': dict(
+            sound, segmentation=dict(size=[40, 30], counts=[1200])
+        ),
+        'annotation is of no image': dict(sound, image_id=8),
+    }
+    write_coco(tmp_path / 'coco', 'official', dict(train=[sound, *faults.values()], val=[sound]))
+    path = tmp_path / 'coco/annotations/instances_train2017.json'
+    content = json.loads(path.read_text())
+    content['images'] += [
+        dict(id=1, file_name='gone.jpg'),
+        dict(id=2, file_name='2.jpg', width=41, height=30),
+    ]
+    path.write_text(json.dumps(content))
+    write_image(tmp_path / 'coco/train2017/2.jpg')
+    code, said = convert('coco_to_coco.py', 'coco', 'out')
+
+    assert 'nothing was written' in code
+    for sentence in (*faults, 'image does not exist: coco/gone.jpg', '40x30 and not 41x30'):
+        assert sentence in said
+    assert convert('coco_to_coco.py', 'coco', 'out', '--leave-out')[0] == 0
+    assert read('out/annotations/train.json')[1] == {'train2017/1.jpg': [('cat', [2, 2, 10, 10])]}
+    assert (
+        'in the path of one json file' in convert('coco_to_coco.py', 'coco', 'x', '--val', 'no')[0]
+    )
+
+
 def write_yolo(root, folders, labels):
     """A YOLO data set: by image, its lines."""
     for name, lines in labels.items():

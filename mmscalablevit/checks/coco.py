@@ -37,7 +37,7 @@ def check_coco(
         ignored = ignored or categories.get(annotation['category_id']) not in classes
         if with_masks and annotation['image_id'] in images and (evaluated or not ignored):
             mask = annotation.get('segmentation')
-            fault = _mask_fault(mask, images[annotation['image_id']])
+            fault = mask_fault(mask, images[annotation['image_id']])
             # mmdet leaves a short one out where it trains; pycocotools takes it for a box or fails.
             harmless = fault == _SHORT and not evaluated and not all(map(_is_short, mask))
             (warnings if harmless else faults).extend([fault] if fault else [])
@@ -155,7 +155,7 @@ def _faults(
     return faults, [] if sound else ['object is ignored, its bbox is empty or off the image']
 
 
-def _mask_fault(mask: object, image: dict) -> str | None:
+def mask_fault(mask: object, image: dict) -> str | None:
     """What is wrong with a segmentation of COCO."""
     if not mask or not isinstance(mask, list | dict):
         return 'annotation has no segmentation, and the config trains on masks'

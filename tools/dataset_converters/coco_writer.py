@@ -121,6 +121,17 @@ def image_size(path: Path) -> tuple[int, int]:
         return image.size[::-1] if turned else image.size
 
 
+def same_size(size: tuple, annotated: tuple, place: object, findings: Findings) -> bool:
+    """Whether an image has the size that its annotations give, if they do."""
+    if annotated in (size, (None, None), (0, 0)):
+        return True
+    findings.error(
+        'image has another size (EXIF rotation applied) than its annotations say',
+        f'{place} ({size[0]}x{size[1]} and not {annotated[0]}x{annotated[1]})',
+    )
+    return False
+
+
 def polygon_box(polygons: list[list[float]]) -> tuple[float, ...]:
     """The box around polygons of x, y, x, y, ..."""
     xs, ys = ([v for polygon in polygons for v in polygon[i::2]] for i in (0, 1))
@@ -232,6 +243,9 @@ def _to_coco(samples: list, classes: list[str], findings: Findings) -> dict:
                 if isinstance(rle, list):
                     rle = coco_mask.merge(coco_mask.frPyObjects(rle, size[1], size[0]))
                 area = int(coco_mask.area(rle))
+                if not area:
+                    findings.error('mask has no area in the image', f'{obj.place} {obj.name}')
+                    continue
             annotations.append(
                 dict(
                     id=len(annotations) + 1,
@@ -255,7 +269,8 @@ def _sound_box(
         findings.error(f'{obj.name!r} is not among the classes', obj.place)
         return None
     left, top, right, bottom = obj.box
-    if right <= left or bottom <= top:
+    # Not true of NaN either.
+    if not (left < right and top < bottom):
         findings.error('box has no area', f'{obj.place} {obj.name}')
         return None
     box = [max(left, 0), max(top, 0), min(right, size[0]), min(bottom, size[1])]

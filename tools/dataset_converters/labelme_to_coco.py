@@ -11,7 +11,15 @@ import math
 from functools import partial
 from pathlib import Path
 
-from coco_writer import Object, Source, convert, make_parser, polygon_box, split_at_random
+from coco_writer import (
+    Object,
+    Source,
+    convert,
+    make_parser,
+    polygon_box,
+    same_size,
+    split_at_random,
+)
 
 from mmscalablevit import cli
 from mmscalablevit.checks.findings import Findings
@@ -39,11 +47,7 @@ def read_objects(path: Path, size: tuple[int, int], findings: Findings) -> list[
     """The objects of a json file."""
     content = json.loads(path.read_text())
     annotated = (content.get('imageWidth'), content.get('imageHeight'))
-    if annotated not in (size, (None, None)):
-        findings.error(
-            'image has another size (EXIF rotation applied) than in its json',
-            f'{path} ({size[0]}x{size[1]} and not {annotated[0]}x{annotated[1]})',
-        )
+    if not same_size(size, annotated, path, findings):
         return None
     groups = {}
     for i, shape in enumerate(content['shapes'], start=1):

@@ -11,7 +11,7 @@ import xml.etree.ElementTree as ET
 from functools import partial
 from pathlib import Path
 
-from coco_writer import SPLITS, Object, Source, convert, make_parser, split_at_random
+from coco_writer import SPLITS, Object, Source, convert, make_parser, same_size, split_at_random
 
 from mmscalablevit import cli
 from mmscalablevit.checks.findings import Findings
@@ -23,11 +23,7 @@ def read_objects(xml: Path, size: tuple[int, int], findings: Findings) -> list[O
     try:
         root = ET.parse(xml).getroot()
         annotated = tuple(int(root.findtext(f'size/{x}', '0')) for x in ('width', 'height'))
-        if annotated not in (size, (0, 0)):
-            findings.error(
-                'image has another size (EXIF rotation applied) than in its xml',
-                f'{xml} ({size[0]}x{size[1]} and not {annotated[0]}x{annotated[1]})',
-            )
+        if not same_size(size, annotated, xml, findings):
             return None
         return [
             _read_object(obj, f'{xml} object {i}') for i, obj in enumerate(root.iter('object'), 1)

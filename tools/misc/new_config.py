@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from mmengine.config import Config
 from PIL import Image
+from yapf.yapflib.yapf_api import FormatCode
 
 from mmscalablevit import cli
 from mmscalablevit.errors import UserError
@@ -25,13 +26,12 @@ BASES = dict(
     instance='detection/mask-rcnn_scalablevit-{}_fpn_1x_coco.py',
     segmentation='segmentation/scalablevit-{}_upernet_8xb2-160k_ade20k-512x512.py',
 )
-# Sides of objects, in pixels, below which the standard anchors find few of them.
-SMALL_OBJECT = 24
+# Widths of necks and heads, and those that fit the small backbone.
+NARROW = {256: 64, 512: 64, 1024: 256}
+# The parts of the text, which is formatted as a whole.
 HEAD = """# {count} images to train on, {val_count} to validate; {classes} classes, {sizes}.
 # Written by tools/misc/new_config.py; every line is yours to change.
-_base_ = __import__('mmscalablevit').__path__[0] + (
-    '/.mim/configs/{base}'
-)
+_base_ = __import__('mmscalablevit').__path__[0] + ('/.mim/configs/{base}')
 
 data_root = {root!r}
 metainfo = dict(classes={names!r})
@@ -40,17 +40,14 @@ DETECTION = """
 # Longest and shortest side of the scaled images: nine tenths of yours are no larger.
 scale = {scale}
 
-
 def scaled(pipeline):
     return [dict(step, scale=scale) if step['type'] == 'Resize' else step for step in pipeline]
-
 
 data = dict(data_root=data_root, metainfo=metainfo)
 train = dict(ann_file='annotations/train.json', data_prefix=dict(img='train/'))
 val = dict(ann_file='annotations/val.json', data_prefix=dict(img='val/'))
 train_dataloader = dict(
-    batch_size={batch}, dataset=dict(**data, **train, pipeline=scaled(_base_.train_pipeline))
-)
+    batch_size={batch}, dataset=dict(**data, **train, pipeline=scaled(_base_.train_pipeline)))
 val_dataloader = dict(dataset=dict(**data, **val, pipeline=scaled(_base_.test_pipeline)))
 test_dataloader = val_dataloader
 val_evaluator = dict(ann_file=data_root + 'annotations/val.json')
@@ -69,29 +66,20 @@ SEGMENTATION = """
 side = {side}
 crop_size = {crop}
 
-
 def scaled(pipeline):
     sizes = dict(scale=(4 * side, side), crop_size=crop_size)
     return [{{key: sizes.get(key, step[key]) for key in step}} for step in pipeline]
 
-
 data = dict(
-    type='BaseSegDataset',
-    data_root=data_root,
-    metainfo=metainfo,
-    img_suffix={suffix!r},
-    seg_map_suffix='.png',
-    reduce_zero_label=False,
-)
+    type='BaseSegDataset', data_root=data_root, metainfo=metainfo, img_suffix={suffix!r},
+    seg_map_suffix='.png', reduce_zero_label=False)
 train = dict(img_path='images/train', seg_map_path='annotations/train')
 val = dict(img_path='images/val', seg_map_path='annotations/val')
 train_dataloader = dict(
     batch_size={batch},
-    dataset=dict(**data, data_prefix=train, pipeline=scaled(_base_.train_pipeline)),
-)
+    dataset=dict(**data, data_prefix=train, pipeline=scaled(_base_.train_pipeline)))
 val_dataloader = dict(
-    dataset=dict(**data, data_prefix=val, pipeline=scaled(_base_.test_pipeline)),
-)
+    dataset=dict(**data, data_prefix=val, pipeline=scaled(_base_.test_pipeline)))
 test_dataloader = val_dataloader
 
 # {epochs} times through the images
@@ -103,7 +91,9 @@ param_scheduler = [
 ]
 default_hooks = dict(checkpoint=dict(interval={interval}))
 """
-OPTIMIZER = """
+MODEL = """
+{why}model = {model}
+
 # The recipe's rate is for 16 images an iteration; AdamW's falls with the root of the batch.
 optim_wrapper = dict(optimizer=dict(lr={lr:.2g}){clip})
 # With --auto-scale-lr: for other batches, or several GPUs
@@ -114,14 +104,13 @@ auto_scale_lr = dict(base_batch_size={batch})
 def look_at_coco(root: Path) -> dict:
     """What the annotation files of a data set hold: classes, sizes and counts."""
     found = {}
-    for split in ('train', 'val'):
-        path = root / 'annotations' / f'{split}.json'
+    for path in (root / 'annotations' / f'{split}.json' for split in ('train', 'val')):
         if not path.is_file():
             raise UserError(f'{path} does not exist; tools/dataset_converters writes this layout')
-        found[split] = json.loads(path.read_text())
+        found[path.stem] = json.loads(path.read_text())
     train = found['train']
     if not train['images'] or not train['annotations']:
-        raise UserError(f'{root / "annotations" / "train.json"} has no image or no object')
+        raise UserError(f'{root}/annotations/train.json has no image or no object')
     per_image = Counter((x, y['image_id']) for x in found for y in found[x]['annotations'])
     return dict(
         names=tuple(category['name'] for category in train['categories']),
@@ -134,6 +123,12 @@ def look_at_coco(root: Path) -> dict:
     )
 
 
+def image_size(path: Path) -> tuple[int, int]:
+    """Width and height."""
+    with Image.open(path) as image:
+        return image.size
+
+
 def look_at_label_maps(root: Path) -> dict:
     """What a data set of label maps holds: classes, image sizes and counts."""
     folders = {split: root / 'images' / split for split in ('train', 'val')}
@@ -144,13 +139,9 @@ def look_at_label_maps(root: Path) -> dict:
     suffixes = sorted({path.suffix for path in (*images['train'], *images['val'])})
     if len(suffixes) != 1:
         raise UserError(f'{root / "images"} must hold one suffix, found {", ".join(suffixes)}')
-    sizes = []
-    for path in images['train']:
-        with Image.open(path) as image:
-            sizes.append(image.size)
     return dict(
         names=tuple((root / 'classes.txt').read_text().strip().split('\n')),
-        sizes=np.array(sizes),
+        sizes=np.array([image_size(path) for path in images['train']]),
         count=len(images['train']),
         val_count=len(images['val']),
         suffix=suffixes[0],
@@ -168,107 +159,99 @@ def target_scale(found: dict, size: str) -> tuple[int, int]:
     return tuple(round(float(side * min(factor, grow))) for side in sides)
 
 
-def narrow_model(task: str) -> dict:
-    """The small backbone, and heads of 64 channels to go with it."""
-    demo = Config.fromfile(CONFIGS / '_base_' / 'backbones' / 'scalablevit-demo.py')
-    dims, narrow = demo.embed_dims, dict(in_channels=64)
-    heads = dict(
-        detection=dict(bbox_head=dict(narrow, feat_channels=64)),
-        instance=dict(
-            rpn_head=dict(narrow, feat_channels=64),
-            roi_head=dict(
-                bbox_roi_extractor=dict(out_channels=64),
-                bbox_head=dict(narrow, fc_out_channels=256),
-                mask_roi_extractor=dict(out_channels=64),
-                mask_head=dict(narrow, conv_out_channels=64),
-            ),
-        ),
-        segmentation=dict(
-            decode_head=dict(in_channels=dims, channels=64),
-            auxiliary_head=dict(in_channels=dims[2], channels=64),
-        ),
-    )[task]
-    if task != 'segmentation':
-        heads['neck'] = dict(in_channels=dims, out_channels=64)
-    return dict(backbone=dict(demo.backbone.to_dict(), _delete_=True), **heads)
-
-
-def show(value: object, depth: int = 0) -> str:
-    """A value as Python, dictionaries as calls of dict with an entry a line where long."""
+def show(value: object) -> str:
+    """A value as Python, dictionaries as calls of dict."""
     if not isinstance(value, dict):
         return repr(value)
-    items = [f'{key}={show(inner, depth + 1)}' for key, inner in value.items()]
-    line = f'dict({", ".join(items)})'
-    if len(line) + 4 * depth < 80 and '\n' not in line:
-        return line
-    indent = '\n' + '    ' * depth
-    return f'dict({indent}    {f",{indent}    ".join(items)},{indent})'
+    return f'dict({", ".join(f"{key}={show(inner)}" for key, inner in value.items())})'
 
 
-def fit_model(args: argparse.Namespace, found: dict, values: dict) -> tuple[list[str], dict]:
-    """The model's backbone, classes and what small or many objects need; and why."""
-    why, model = [], narrow_model(args.task) if args.size == 'demo' else {}
-    if args.from_scratch and not model:
-        model['backbone'] = dict(init_cfg=None)
-    classes = dict(num_classes=len(found['names']))
-    if args.task == 'segmentation':
-        model['data_preprocessor'] = dict(size=values['crop'])
-        for head in ('decode_head', 'auxiliary_head'):
-            model.setdefault(head, {}).update(classes)
-        return why, model
-    if args.task == 'detection':
-        boxes = model.setdefault('bbox_head', {})
-        boxes.update(classes)
-    else:
-        boxes = model.setdefault('rpn_head', {})
-        for head in ('bbox_head', 'mask_head'):
-            model.setdefault('roi_head', {}).setdefault(head, {}).update(classes)
+def fit_heads(node: dict, classes: int, widths: dict[int, int]) -> dict:
+    """The changes of neck and heads: the number of classes, and other widths."""
+    changes = {}
+    for key, value in node.items():
+        if isinstance(value, dict):
+            changes[key] = fit_heads(value, classes, widths)
+        elif key == 'num_classes':
+            changes[key] = classes
+        elif key.endswith('channels') and isinstance(value, int):
+            changes[key] = widths.get(value)
+    return {key: value for key, value in changes.items() if value}
+
+
+def fit_model(args: argparse.Namespace, found: dict, base: str, fit: dict) -> dict:
+    """The changes of the model: classes, backbone with its widths, and ``fit`` by dotted keys."""
+    parts = Config.fromfile(CONFIGS / base).model
+    heads = {key: value for key, value in parts.items() if key.endswith(('neck', 'head'))}
+    model = Config(fit_heads(heads, len(found['names']), NARROW if args.size == 'demo' else {}))
+    if args.size == 'demo':
+        small = Config.fromfile(CONFIGS / '_base_' / 'backbones' / 'scalablevit-demo.py')
+        fit['backbone'] = dict(small.backbone.to_dict(), _delete_=True)
+        fit[f'{"neck" if "neck" in parts else "decode_head"}.in_channels'] = small.embed_dims
+        if 'auxiliary_head' in parts:
+            fit['auxiliary_head.in_channels'] = small.embed_dims[2]
+    elif args.from_scratch:
+        fit['backbone.init_cfg'] = None
+    model.merge_from_dict(fit)
+    return model.to_dict()
+
+
+def fit_detector(args: argparse.Namespace, found: dict, scale: tuple[int, int]) -> tuple[dict, str]:
+    """What training from scratch, and small or many objects need of the model; and why."""
+    instance, fit, why = args.task == 'instance', {}, ''
+    if args.from_scratch:
+        why += '# Norms, without which little is learned from scratch.\n'
+        fit['neck.norm_cfg'] = dict(type='BN')
+        fit |= {} if instance else {'bbox_head.norm_cfg': dict(type='GN', num_groups=8)}
     # How much training enlarges the objects.
-    factor = min(np.array(values['scale']) / np.sort(np.median(found['sizes'], axis=0))[::-1])
-    if np.percentile(found['objects'], 10) * factor < SMALL_OBJECT:
-        why.append('# Anchors of half the standard size: a tenth of your objects is small.')
-        anchors = dict(octave_base_scale=2) if args.task == 'detection' else dict(scales=[4])
-        boxes['anchor_generator'] = anchors
+    factor = min(np.array(scale) / np.sort(np.median(found['sizes'], axis=0))[::-1])
+    # Of fewer pixels, the standard anchors find few.
+    if np.percentile(found['objects'], 10) * factor < 24:
+        why += '# Anchors of half the standard size: a tenth of your objects is small.\n'
+        anchors = dict(scales=[4]) if instance else dict(octave_base_scale=2)
+        fit[f'{"rpn" if instance else "bbox"}_head.anchor_generator'] = anchors
     if found['most'] > 80:
         limit = math.ceil(found['most'] * 1.2 / 100) * 100
-        why.append(f'# max_per_img: an image of yours has {found["most"]} objects.')
-        test = dict(max_per_img=limit)
-        if args.task == 'instance':
-            proposals = dict(nms_pre=max(1000, 3 * limit), max_per_img=max(1000, 3 * limit))
-            test = dict(rpn=proposals, rcnn=test)
-        model['test_cfg'] = test
-    return why, model
+        why += f'# max_per_img: an image of yours has {found["most"]} objects.\n'
+        fit[f'test_cfg{".rcnn" * instance}.max_per_img'] = limit
+        if instance:
+            fit['test_cfg.rpn'] = dict.fromkeys(('nms_pre', 'max_per_img'), max(1000, 3 * limit))
+    return fit, why
 
 
 def write_config(args: argparse.Namespace) -> str:
     """The text of the config."""
-    segmentation = args.task == 'segmentation'
+    segmentation, demo = args.task == 'segmentation', args.size == 'demo'
     found = (look_at_label_maps if segmentation else look_at_coco)(args.data)
     if args.task == 'instance' and not found['masks']:
         raise UserError(f'{args.data} has boxes without masks; --task detection trains on these')
-    scratch = args.from_scratch or args.size == 'demo'
+    args.from_scratch |= demo
     median, largest = np.median(found['sizes'], axis=0), found['sizes'].max(axis=0)
     values = dict(
         found,
-        base=BASES[args.task].format('s' if args.size == 'demo' else args.size),
+        base=BASES[args.task].format('s' if demo else args.size),
         root=f'{args.data.as_posix()}/',
         classes=len(found['names']),
-        sizes='mostly {:g}x{:g}, up to {}x{}'.format(*median, *largest),
+        sizes=f'mostly {median[0]:g}x{median[1]:g}, up to {largest[0]}x{largest[1]}',
     )
     if segmentation:
-        side = min(np.median(found['sizes'].min(axis=1)), 320 if args.size == 'demo' else 1024)
-        crop = min(512, max(64, int(side) // 32 * 32))
-        values.update(side=int(side), crop=(crop, crop), batch=4)
+        side = int(min(np.median(found['sizes'].min(axis=1)), 320 if demo else 1024))
+        crop = min(512, max(64, side // 32 * 32))
+        fit, why = {'data_preprocessor.size': (crop, crop)}, ''
+        values.update(side=side, crop=(crop, crop), batch=4)
         seen = min(max(200 * found['count'], 40_000), 1_280_000)
     else:
         scale = target_scale(found, args.size)
+        fit, why = fit_detector(args, found, scale)
         batch = int(np.clip(2 * 1333 * 800 / (scale[0] * scale[1]), 2, 8))
         values.update(scale=scale, batch=batch)
         seen = max(24_000, 12 * found['count'])
-    epochs = args.epochs or min(max(seen * (1 + scratch) // found['count'], 12), 300)
+    # An hour at most for the small network on a CPU.
+    seen = 6000 if demo else seen * (1 + args.from_scratch)
+    epochs = args.epochs or min(max(seen // found['count'], 12), 300)
     iters = max(2, epochs * found['count'] // values['batch'])
     # From scratch, a small network bears a higher rate than the recipe of fine-tuning.
-    rate = 1e-3 if args.size == 'demo' else 2e-4 if scratch else 6e-5 if segmentation else 1e-4
+    rate = 1e-3 if demo else 2e-4 if args.from_scratch else 6e-5 if segmentation else 1e-4
     values.update(
         epochs=epochs,
         iters=iters,
@@ -277,13 +260,12 @@ def write_config(args: argparse.Namespace) -> str:
         drop1=max(1, epochs * 2 // 3),
         drop2=max(1, epochs * 11 // 12),
         lr=rate * math.sqrt(values['batch'] / 16),
-        clip=', clip_grad=dict(max_norm=1.0)' if scratch else '',
+        clip=', clip_grad=dict(max_norm=1.0)' if args.from_scratch else '',
+        why=why,
+        model=show(fit_model(args, found, values['base'], fit)),
     )
-    parts = (HEAD, SEGMENTATION if segmentation else DETECTION, OPTIMIZER)
-    head, data, optimizer = (part.format(**values) for part in parts)
-    why, model = fit_model(args, found, values)
-    text = '\n'.join([*why, f'model = {show(model)}\n'])
-    return f'{head}{data}\n{text}{optimizer}'
+    text = f'{HEAD}{SEGMENTATION if segmentation else DETECTION}{MODEL}'.format(**values)
+    return FormatCode(text, style_config='{based_on_style: facebook, column_limit: 100}')[0]
 
 
 def parse_args() -> argparse.Namespace:
