@@ -15,6 +15,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from test_dataset_converters import (
     shape,
+    write_coco,
     write_image,
     write_labelme,
     write_lists,
@@ -153,6 +154,8 @@ def write_foreign_data(folder):
     (folder / 'my_yolo' / 'classes.txt').write_text('cell')
     for name in 'abcde':
         write_labelme(folder / 'my_labelme' / name, shape('a', 'rectangle', [[2, 2], [9, 9]]))
+    objects = [dict(category_id=3, bbox=[2, 2, 9, 9])]
+    write_coco(folder / 'my_coco', 'roboflow', dict(train=objects, valid=objects))
     colors = np.zeros((30, 40, 3), np.uint8)
     for split in ('train', 'val'):
         write_image(folder / f'my_maps/images/{split}/a.png')
@@ -227,7 +230,7 @@ def test_detectors_train(name, page):
 
 
 def test_every_converter_and_config_of_the_page(page):
-    for data in ('cells', 'from_yolo', 'from_labelme', 'nuclei'):
+    for data in ('cells', 'from_yolo', 'from_labelme', 'from_coco', 'nuclei'):
         assert (page[0] / 'data' / data / 'annotations' / 'val.json').exists()
     for data in ('streets', 'colors'):
         assert list((page[0] / 'data' / data / 'annotations' / 'val').glob('*.png'))

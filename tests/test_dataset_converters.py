@@ -213,7 +213,7 @@ def test_faults_of_instance_maps(convert, tmp_path):
 # Where the annotations and the images are, as the file names say, and options.
 COCO_LAYOUTS = {
     'official': ('annotations/instances_{}2017.json', '{}2017/{}', '{1}', []),
-    'roboflow': ('{}id/_annotations.coco.json', '{}id/{}', '{1}', ['--train', 'trainid']),
+    'roboflow': ('{}/_annotations.coco.json', '{}/{}', '{1}', ['--val', 'valid']),
     'elsewhere': ('{}.json', 'photos/{}/{}', 'C:\\\\me\\\\{}\\\\{}', []),
 }
 
@@ -238,14 +238,13 @@ def test_coco(layout, convert, tmp_path):
     polygons = [[2, 2, 12, 2, 12, 12, 2, 12], [0, 0, 1, 1]]
     counts = dict(size=[30, 40], counts=[0, 30, 1170])
     crowd = dict(category_id=90, bbox=[0, 0, 1, 30], segmentation=counts, area=5, iscrowd=1)
-    write_coco(
-        tmp_path / 'coco',
-        layout,
-        dict(
-            train=[dict(category_id=3, bbox=[2, 2, 10, 10], segmentation=polygons, area=0), crowd],
-            val=[dict(category_id=90, bbox=[30, 20, 20, 20])],
-        ),
+    objects = dict(
+        train=[dict(category_id=3, bbox=[2, 2, 10, 10], segmentation=polygons, area=0), crowd],
+        val=[dict(category_id=90, bbox=[30, 20, 20, 20])],
     )
+    if layout == 'roboflow':
+        objects['valid'] = objects.pop('val')
+    write_coco(tmp_path / 'coco', layout, objects)
     write_image(tmp_path / 'coco' / 'unused' / '1.jpg')
     code, said = convert('coco_to_coco.py', 'coco', 'out', *COCO_LAYOUTS[layout][3])
 

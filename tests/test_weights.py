@@ -17,10 +17,11 @@ from urllib.parse import parse_qs, urlparse
 import pytest
 import torch
 from golden import read_json, reference_state
-from jobs import draw_shapes, run_tool
+from jobs import draw_shapes, job_environment, run, run_tool
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import CheckpointLoader
+from PIL import Image
 
 from mmscalablevit import ScalableViT, cli
 from mmscalablevit.checkpoint import weights
@@ -256,9 +257,10 @@ def test_an_mmpretrain_config_takes_them_as_a_whole(drive):
 
 
 @pytest.mark.parametrize(
-    ('toolbox', 'config'), [('mmdet', 'tiny_mask-rcnn'), ('mmseg', 'tiny_upernet')]
+    ('toolbox', 'config', 'processes'),
+    [('mmdet', 'tiny_mask-rcnn', 1), ('mmseg', 'tiny_upernet', 2)],
 )
-def test_the_train_py_of_a_toolbox_starts_from_them(drive, tmp_path, toolbox, config):
+def test_the_train_py_of_a_toolbox_starts_from_them(drive, tmp_path, toolbox, config, processes):
     train = Path(pytest.importorskip(toolbox).__path__[0]) / '.mim' / 'tools' / 'train.py'
     draw_shapes(tmp_path / 'shapes', num_train=2, num_val=1)
     path = tmp_path / 'my.py'
@@ -272,11 +274,50 @@ def test_the_train_py_of_a_toolbox_starts_from_them(drive, tmp_path, toolbox, co
     head = {'head.weight': torch.ones(2, 32), 'head.bias': torch.ones(2)}
     torch.save(dict(model={**classifier.state_dict(), **head}), buffer := io.BytesIO())
     drive.files[RELEASED['small'].weights] = buffer.getvalue()
-    run_tool([train, path, '--work-dir', tmp_path / 'out'], tmp_path)
+    command = [train, path, '--work-dir', tmp_path / 'out']
+    if processes == 1:
+        run_tool(command, tmp_path)
+    else:
+        launch = f'-m torch.distributed.run --standalone --nproc_per_node={processes}'.split()
+        command = [sys.executable, *launch, *command, '--launcher=pytorch']
+        run(command, tmp_path, job_environment(tmp_path))
+    assert len(drive.requests) == 1
     loaded = 'Loaded scalablevit://small into ScalableViT; left out: norm, head; norm_list is'
     (log,) = (tmp_path / 'out').glob('*/*.log')
     assert loaded in log.read_text()
     assert hashlib.sha256(buffer.getvalue()).hexdigest() in log.read_text()
+
+
+def test_one_command_gives_the_top_1_of_a_size(drive, released, tmp_path):
+    """On a folder in ImageNet's layout, three of whose four labels are what the file predicts."""
+    pytest.importorskip('mmpretrain')
+    config = ROOT / 'configs' / 'classification' / 'scalablevit-s_8xb128_in1k.py'
+    init_default_scope('mmpretrain')
+    model = MODELS.build(Config.fromfile(config).model).eval()
+    state = torch.load(io.BytesIO(released[RELEASED['small'].weights]))['model']
+    names = (f'backbone.{k}'.replace('backbone.head.', 'head.fc.') for k in state)
+    model.load_state_dict(dict(zip(names, state.values(), strict=True)))
+    (tmp_path / 'data/val').mkdir(parents=True)
+    (tmp_path / 'data/meta').mkdir()
+    lines = []
+    for i in range(4):
+        # Of the size that the pipeline crops, and one color, so that resizing changes nothing.
+        Image.new('RGB', (256, 256), (60 * i, 200 - 50 * i, 90)).save(
+            tmp_path / f'data/val/{i}.png'
+        )
+        image = torch.tensor([60.0 * i, 200 - 50 * i, 90])[:, None, None].expand(3, 224, 224)
+        batch = model.data_preprocessor(dict(inputs=[image.flip(0)], data_samples=None), False)
+        label = model(batch['inputs']).argmax().item()
+        lines.append(f'{i}.png {(label + (i == 0)) % 1000}')
+    (tmp_path / 'data/meta/val.txt').write_text('\n'.join(lines))
+    options = [
+        f'dataset.data_root={tmp_path}/data',
+        *('dataset.ann_file=meta/val.txt', 'num_workers=0', 'persistent_workers=False'),
+    ]
+    command = [ROOT / 'tools/test.py', config, 'scalablevit://small', '--cfg-options']
+    said = run_tool([*command, *(f'test_dataloader.{x}' for x in options)], tmp_path)
+    assert 'accuracy/top1: 75.0' in said
+    assert len(drive.requests) == 1
 
 
 def test_the_tool_downloads_and_lists(drive, released, monkeypatch, capsys):

@@ -94,14 +94,19 @@ def read_file(path: Path, findings: Findings) -> tuple[dict[int, str], list[dict
     return dict(sorted(names.items())), list(images.values())
 
 
-def main() -> None:
-    """Convert."""
+def parse_args() -> argparse.Namespace:
+    """Parse the command line."""
     parser = writer.make_parser(
         'Convert COCO files of any folders to our layout of COCO.',
         'data/my_coco data/mine --val valid',
         'folder of the json files and the images',
     )
-    args, findings = parser.parse_args(), Findings()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Convert."""
+    args, findings = parse_args(), Findings()
     by_name, sources, classes = {}, {}, {}
     for image in writer.list_images(args.data):
         by_name.setdefault(image.name, []).append(image)
