@@ -49,9 +49,7 @@ def read_objects(
         place, mask = f'{path} annotation {entry.get("id")}', entry.get('segmentation') or None
         if isinstance(mask, list):
             # Polygons of less than three points, beside sound ones, are leftovers of tools.
-            mask = [
-                polygon for polygon in mask if not isinstance(polygon, list) or len(polygon) >= 6
-            ] or mask
+            mask = [x for x in mask if isinstance(x, list) and len(x) >= 6] or mask
         fault = mask and mask_fault(mask, dict(width=size[0], height=size[1]))
         if entry.get('category_id') not in names:
             fault = 'category_id is of no category'
