@@ -64,6 +64,8 @@ lint: $(STAMP)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 
+# The link to the repository is the address from which this checkout was cloned.
+docs: export REPO_URL ?= $(filter http%,$(shell git remote get-url origin 2>/dev/null))
 docs: $(STAMP)
 	$(PYTHON) docs/model_zoo.py
 	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict

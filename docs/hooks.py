@@ -1,6 +1,10 @@
 # Copyright (c) mmscalablevit contributors. All rights reserved.
-"""MkDocs' view of the repository: pages lie in the site where their files lie here."""
+"""MkDocs' view of the repository: each file's page has the path that the file has here."""
 
+import ast
+import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -11,15 +15,38 @@ ROOT = Path(__file__).parents[1]
 # Pages, their pictures, and the files that pages link to.
 PARTS = (
     '*.md',
+    'CITATION.cff',
     'LICENSE',
     'configs/**/*.*',
     'demo/*.*',
     'docs/*.css',
+    'docs/*.js',
     'docs/*.md',
     'docs/images/*',
     'docs/results/*',
     'tools/**/*.*',
 )
+# Code outside of blocks.
+INLINE = re.compile(r'(?<=<code>)[^<>]+(?=</code>)')
+# Parts of the package in the order in which a user meets them.
+ORDER = ('models', 'engine', 'checkpoint', 'checks')
+
+
+def modules() -> dict[str, Path]:
+    """Names of the package's modules, without the package's own name, and their files."""
+    paths = [
+        path.relative_to(ROOT / 'mmscalablevit')
+        for path in (ROOT / 'mmscalablevit').rglob('*.py')
+        if '.mim' not in path.parts and path.name not in ('__init__.py', 'version.py', '_moved.py')
+    ]
+    paths.sort(key=lambda path: (ORDER.index(path.parts[0]) if path.parts[0] in ORDER else 4, path))
+    return {'.'.join(path.with_suffix('').parts): path for path in paths}
+
+
+def on_config(config: MkDocsConfig) -> None:
+    """Add a page for each module to the navigation."""
+    api = next(section['API'] for section in config.nav if 'API' in section)
+    api += [f'docs/api/{name}.md' for name in modules() if f'docs/api/{name}.md' not in api]
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -31,18 +58,43 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         if path.is_file() and '__pycache__' not in path.parts:
             name = path.relative_to(ROOT).as_posix()
             files.append(File.generated(config, name, abs_src_path=str(path)))
+    for name in modules():
+        text = f'# {name}\n\n::: mmscalablevit.{name}\n'
+        files.append(File.generated(config, f'docs/api/{name}.md', content=text))
+    notebook = '\n\n'.join(read_notebook(ROOT / 'demo' / 'tutorial.ipynb'))
+    files.append(File.generated(config, 'demo/tutorial.md', content=notebook))
     return files
 
 
+def read_notebook(path: Path) -> Iterator[str]:
+    """The cells of a notebook and what they printed and drew, as Markdown."""
+    for cell in json.loads(path.read_text())['cells']:
+        source = ''.join(cell['source'])
+        yield source if cell['cell_type'] == 'markdown' else f'```python\n{source}\n```'
+        for output in cell.get('outputs', []):
+            if 'text' in output:
+                yield f'```text\n{"".join(output["text"])}```'
+            elif 'image/png' in output.get('data', {}):
+                picture = ''.join(output['data']['image/png']).replace('\n', '')
+                yield f'![What the cell above draws](data:image/png;base64,{picture})'
+
+
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """List the modules of the package on the API page, those that a user meets first on top."""
-    modules = [path.relative_to(ROOT) for path in (ROOT / 'mmscalablevit').rglob('*.py')]
-    names = [
-        '.'.join(path.with_suffix('').parts)
-        for path in modules
-        if '.mim' not in path.parts and path.name not in ('__init__.py', 'version.py')
+    """List the modules on the API page; let links to the notebook lead to its page."""
+    rows = [
+        f'| [{name}](api/{name}.md) | {first_line(ROOT / "mmscalablevit" / path)} |'
+        for name, path in modules().items()
     ]
-    order = {'models': 0, 'engine': 1, 'checkpoint': 2, 'checks': 3}
-    names.sort(key=lambda name: (order.get(name.split('.')[1], 4), name))
-    sections = [f'## {name.split(".", 1)[1]}\n\n::: {name}' for name in names]
-    return markdown.replace('<!-- modules -->', '\n\n'.join(sections))
+    table = '\n'.join(['| Module | Purpose |', '|---|---|', *rows])
+    markdown = markdown.replace('<!-- modules -->', table)
+    return markdown.replace('/tutorial.ipynb)', '/tutorial.md)')
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Let paths and dotted names in a line of text break after a slash, colon or dot."""
+    return INLINE.sub(lambda code: re.sub(r'([/:]|\.(?=\w{4}))(?=\w)', r'\1<wbr>', code[0]), html)
+
+
+def first_line(path: Path) -> str:
+    """The first line of a module's docstring."""
+    return ast.get_docstring(ast.parse(path.read_text())).splitlines()[0]

@@ -17,14 +17,20 @@ HEAD = """\
 <!-- Written by docs/model_zoo.py from the metafiles of configs/; change those. -->
 # Model zoo
 
-Every config with its parameters and FLOPs, computed from the config in the way of the published
-figures, and the results that others published. S in detection and segmentation is counted as
-`small-merged`, as published; `small` has 0.38 M parameters less. **None of the results has been
-reproduced here yet, and no trained weights are offered.** What is inferred in the
-recipes: the READMEs of
-[detection](../configs/detection/README.md), [segmentation](../configs/segmentation/README.md) and
-[classification](../configs/classification/README.md). To compare your trainings with these
-figures, see [configs](../configs/README.md#do-i-match-the-paper).
+Every config with its parameters and FLOPs, and the results that others published. **None of the
+results has been reproduced here yet, and no trained weights are offered.**
+
+- FLOPs are multiply-adds, computed from the config and counted as in the published figures: without
+  the two matrix products of attention. They differ from the published ones by 1.1 GFLOPs at most
+  (457 and 1162 for RetinaNet and UperNet with L).
+- S in detection and segmentation is counted as `small-merged`, as published; `small`, which the
+  configs build, has 0.38 M parameters less.
+- What is inferred in the recipes: the READMEs of
+  [detection](../configs/detection/README.md), [segmentation](../configs/segmentation/README.md) and
+  [classification](../configs/classification/README.md).
+- To compare your trainings with these figures:
+  [configs](../configs/README.md#do-i-match-the-paper). Which size to take:
+  [choosing a size](sizes.md).
 """
 
 

@@ -271,7 +271,7 @@ def feature_rows(name: str, model: nn.Module, images: Tensor) -> list[list[Panel
     colors, norms = [], []
     for i, x in enumerate(maps):
         channels, height, width = x.shape[1:]
-        title = f'{name}\nstage {i}: {channels} x {height} x {width}'
+        title = f'{name}\nstage {i + 1}: {channels} x {height} x {width}'
         colors.append(Panel(title, principal_components(x[0])))
         before = kept[str(i)][0] if str(i) in kept else x.permute(0, 2, 3, 1)
         norm = before.norm(dim=-1).view(height, width).numpy()
@@ -318,7 +318,7 @@ def attention_row(
     for i in range(len(backbone.stages)):
         name = f'{i}.ssa'
         if name not in maps:
-            row.append(Panel(f'stage {i}: no SSA', image / 255))
+            row.append(Panel(f'stage {i + 1}: no SSA', image / 255))
             continue
         attn, queries = attentions[name], maps[f'{name}.q'][1][0]
         merged = f'{name}.kv' in maps
@@ -328,7 +328,7 @@ def attention_row(
         weights = attention_at(queries[y, x], keys[0], attn).mean(0).numpy()
         rows, columns = weights.shape
         peak = weights.max() * weights.size
-        title = f'stage {i}: {columns} x {rows} keys, up to {peak:.1f}x mean'
+        title = f'stage {i + 1}: {columns} x {rows} keys, up to {peak:.1f}x mean'
         # Keys do not see rows and columns left over by the reduction.
         seen = [s // attn.sr_ratio * attn.sr_ratio / s or 1 for s in sides]
         height, width = (round(s * side) for s, side in zip(seen, image.shape, strict=False))
@@ -346,7 +346,7 @@ def window_rows(backbone: ScalableViT, maps: Maps, image: np.ndarray) -> list[li
         size = last_attentions(backbone)[f'{i}.iwsa'].window_size
         height, width = maps[f'{i}.iwsa'][0].shape[1:3]
         rows, columns = -(-height // size), -(-width // size)
-        title = f'stage {i}: {columns} x {rows} windows of {size} x {size}'
+        title = f'stage {i + 1}: {columns} x {rows} windows of {size} x {size}'
         grids.append(Panel(title, image / 255, step=(size / width, size / height)))
         attended, lim = (part.norm(dim=-1).numpy() for part in window_parts(maps, f'{i}.iwsa'))
         share = lim[:height, :width] / np.maximum(lim + attended, 1e-12)[:height, :width]
@@ -365,7 +365,7 @@ def field_row(name: str, fields: list[np.ndarray]) -> list[Panel]:
     """Receptive fields as pictures, with the squares that hold half and 90% of them."""
     return [
         Panel(
-            f'{name}\nstage {i}: half in {side_holding(field, 0.5)} px, '
+            f'{name}\nstage {i + 1}: half in {side_holding(field, 0.5)} px, '
             f'90% in {side_holding(field, 0.9)} px',
             heat((field / max(field.max(), 1e-30)) ** 0.25),
         )
