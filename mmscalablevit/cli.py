@@ -3,21 +3,24 @@
 
 import argparse
 import importlib
+import logging
 import os
 import os.path as osp
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from typing import NoReturn
 
 from mmengine.config import Config, DictAction
+from mmengine.logging import print_log
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 
+from .compat import torchvision_fault
 from .engine.runner import KNOWN_KEYS, disconnect
 from .errors import DISK_ERRORS, CheckpointError, DataError, UserError, config_errors, explain
 
@@ -41,15 +44,8 @@ def run(main: Callable[[], None]) -> None:
     Args:
         main (Callable[[], None]): The tool. All errors but ``UserError``, ``CheckpointError``,
             ``DataError``, and those of full disks and of paths that are missing, forbidden or of
-            the wrong kind keep their traceback. Distributed processes that end well are then
-            disconnected.
-
-    Example:
-        >>> def main():
-        ...     raise UserError('--out must end in .pkl')
-        >>> run(main)
-        Traceback (most recent call last):
-        SystemExit: error: --out must end in .pkl
+            the wrong kind keep their traceback; of these, too, it is logged at level DEBUG.
+            Distributed processes that end well are then disconnected.
     """
     try:
         main()
@@ -61,18 +57,23 @@ def run(main: Callable[[], None]) -> None:
         signal.raise_signal(signal.SIGINT)
     except DataError as error:
         # A data loader's worker puts its traceback into the message; the sentence comes last.
-        sys.exit(f'error: {_last_line(error).split(f"{DataError.__name__}: ", 1)[-1]}')
+        _end(_last_line(error).split(f'{DataError.__name__}: ', 1)[-1])
     except (UserError, CheckpointError) as error:
-        sys.exit(f'error: {" ".join(str(error).split())}')
+        _end(' '.join(str(error).split()))
     except _PATH_ERRORS as error:
-        sys.exit(f'error: {_last_line(error)}')
+        _end(_last_line(error))
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
-        sys.exit(
-            f'error: cannot write to {error.filename}: {error.strerror}; once it can be written '
-            'to, --resume continues from the last checkpoint'
+        _end(
+            f'cannot write to {error.filename}: {error.strerror}; once it can be written to, '
+            '--resume continues from the last checkpoint'
         )
+
+
+def _end(sentence: str) -> NoReturn:
+    print_log(traceback.format_exc(), 'current', logging.DEBUG)
+    sys.exit(f'error: {sentence}')
 
 
 def _last_line(error: Exception) -> str:
@@ -150,7 +151,6 @@ def markdown_table(
     table = Table(*header, box=MARKDOWN)
     for row in rows:
         table.add_row(*(cell.replace('|', r'\|') for cell in row))
-    # Cells are plain text.
     console = Console(width=width, markup=False, emoji=False, highlight=False, no_color=True)
     with console.capture() as captured:
         console.print(table)
@@ -197,17 +197,10 @@ def _import_toolbox(cfg: Config) -> None:
 
 
 def _name_torchvision(error: Exception) -> None:
-    """Name the versions of a torchvision that was built for another torch."""
-    if 'torchvision::' not in str(error):
-        return
-    try:
-        found = f'torchvision {version("torchvision")} does not fit torch {version("torch")}'
-    except PackageNotFoundError:
-        found = 'torchvision does not fit torch'
-    raise UserError(
-        f'{found} ({error}); install the two together, from one index: '
-        'pip install --upgrade torch torchvision'
-    ) from error
+    """Say what is wrong with a torchvision that was built for another torch, and the cure."""
+    fault = torchvision_fault() if 'torchvision::' in str(error) else None
+    if fault:
+        raise UserError(fault) from error
 
 
 def _stack_batches(cfg: Config) -> None:
