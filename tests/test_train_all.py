@@ -2,7 +2,6 @@
 """The queue of experiments: what it does next in each state, and true trainings that it runs."""
 
 import argparse
-import fcntl
 import json
 import os
 import signal
@@ -23,6 +22,7 @@ from jobs import (
 )
 from mmengine.config import Config
 
+from mmscalablevit.engine.runner import lock_work_dir
 from mmscalablevit.errors import UserError
 
 TOOL = ROOT / 'tools' / 'train_all.py'
@@ -292,11 +292,10 @@ def test_work_dir_in_use(tool, tmp_path, monkeypatch, capsys):
     folder.mkdir()
     monkeypatch.setattr(sys, 'argv', [str(TOOL), str(SEGMENTOR), '--work-root', str(tmp_path)])
     monkeypatch.setattr(tool.signal, 'signal', lambda *_: None)
-    with open(folder / '.queue.lock', 'w') as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match='1 of 1 failed: tiny_upernet'):
-            tool.main()
-    assert 'is in use by another train_all.py' in capsys.readouterr().out.replace('\n', ' ')
+    failed = pytest.raises(UserError, match='1 of 1 failed: tiny_upernet')
+    with lock_work_dir(folder, 'train_all'), failed:
+        tool.main()
+    assert 'is in use by another train_all;' in capsys.readouterr().out.replace('\n', ' ')
 
 
 def test_step_without_its_result_is_not_repeated(tool, tmp_path, monkeypatch):

@@ -8,7 +8,6 @@ Ctrl-C stops what runs, and the same command goes on from there.
 
 import argparse
 import contextlib
-import fcntl
 import fnmatch
 import os
 import shlex
@@ -18,13 +17,13 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 from mmengine.config import Config, DictAction
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from mmscalablevit import cli, work_dirs
+from mmscalablevit.engine.runner import lock_work_dir
 from mmscalablevit.errors import CheckpointError, UserError
 from mmscalablevit.published import read_published
 
@@ -81,7 +80,7 @@ class Job:
     experiment: Experiment
     step: Step
     process: subprocess.Popen
-    lock: IO
+    lock: contextlib.ExitStack
     bar: int
     looked: float = 0.0
 
@@ -214,17 +213,17 @@ class Queue:
             stop([job.process for job in self.running])
 
     def _begin(self, experiment: Experiment) -> None:
-        experiment.work_dir.mkdir(parents=True, exist_ok=True)
-        lock = open(experiment.work_dir / '.queue.lock', 'w')  # noqa: SIM115
+        lock = contextlib.ExitStack()
         try:
-            # The system lets go of it however this process ends.
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._fail(experiment, f'{experiment.work_dir} is in use by another train_all.py', lock)
+            lock.enter_context(lock_work_dir(experiment.work_dir, 'train_all'))
+        except UserError as error:
+            self._fail(experiment, str(error), lock)
             return
         self._start(experiment, lock, before=None)
 
-    def _start(self, experiment: Experiment, lock: IO, before: Step | None) -> None:
+    def _start(
+        self, experiment: Experiment, lock: contextlib.ExitStack, before: Step | None
+    ) -> None:
         """Start the next step of an experiment, if there is one."""
         try:
             step = plan(experiment, self.args)
@@ -281,7 +280,7 @@ class Queue:
                 text = f'{run.unit} {run.done:.1f} of {run.total}{left}'
                 self.progress.update(job.bar, total=run.total, completed=run.done, text=text)
 
-    def _fail(self, experiment: Experiment, reason: str, lock: IO) -> None:
+    def _fail(self, experiment: Experiment, reason: str, lock: contextlib.ExitStack) -> None:
         self.failed[experiment.name] = reason
         say(self.console, f'{experiment.name}: {reason}')
         lock.close()
