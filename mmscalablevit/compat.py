@@ -28,10 +28,6 @@ def check_dependencies() -> None:
 
     Raises:
         ImportError: If one is missing or too old; the message says what to install.
-
-    Example:
-        >>> from mmscalablevit.compat import check_dependencies
-        >>> check_dependencies()
     """
     for name, minimum in _MINIMUM.items():
         wanted = '.'.join(map(str, minimum))
@@ -73,11 +69,8 @@ def torchvision_requirement() -> str:
     major, minor, patch = release.split('.')[:3]
     # torch 2.4 has 0.19, and so on.
     requirement = f'torchvision=={int(major) - 2}.{int(minor) + 15}.{patch}'
-    return (
-        f'{requirement} --index-url https://download.pytorch.org/whl/{build}'
-        if build
-        else requirement
-    )
+    index = f' --index-url https://download.pytorch.org/whl/{build}' if build else ''
+    return requirement + index
 
 
 def torchvision_fault() -> str | None:

@@ -48,11 +48,6 @@ def explain(error: Exception, place: str) -> None:
         return
     # str() of a KeyError is its message in quotes.
     message = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
-    # numpy says so of a list of images that is empty.
-    if 'need at least one array to concatenate' in message:
-        raise UserError(
-            f'{place}: a data set has no image left after its filter_cfg, such as min_size'
-        ) from error
     if _is_mistake(error):
         reason = f'{type(error).__name__}: {one_line(message, 500)}'
         raise UserError(f'{place}: {reason}') from error

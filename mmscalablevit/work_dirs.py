@@ -176,16 +176,9 @@ def find_work_dirs(folders: list[Path]) -> list[Path]:
 
 
 def read_run(work_dir: Path) -> Run:
-    """Read the logs of a training and of its continuations and tests.
+    """Read the logs in a work directory, of a training and of its continuations and tests.
 
-    A continuation goes on from a checkpoint, so what was logged before from that step on led
-    nowhere and is dropped.
-
-    Args:
-        work_dir (Path): The ``--work-dir`` of ``tools/train.py``.
-
-    Returns:
-        Run: What they say together.
+    A continuation goes on from a checkpoint: what was logged before from that step on is dropped.
 
     Raises:
         UserError: If the work directory holds several experiments, or a log or config in it cannot
@@ -229,18 +222,12 @@ def checkpoint_step(name: str) -> int | None:
 def find_checkpoint(work_dir: str) -> str | None:
     """Find the checkpoint to resume from: the one last written or, if damaged, the newest whole.
 
-    Args:
-        work_dir (str): Work directory of the training.
-
     Returns:
-        str | None: The file, or None if no training wrote a checkpoint there. A damaged or
-        missing latest checkpoint that was passed over is warned about.
+        str | None: The file, or None if no training wrote a checkpoint there. A warning names what
+        was passed over.
 
     Raises:
         CheckpointError: If there are checkpoints of a training, and all of them are damaged.
-
-    Example:
-        >>> find_checkpoint('work_dirs/not_begun')
     """
     pointer = Path(work_dir) / 'last_checkpoint'
     named = pointer.read_text(encoding='utf-8').strip() if pointer.is_file() else ''

@@ -43,15 +43,12 @@ def read_checkpoint(filename: str, map_location: str | torch.device | None = Non
 
     Besides tensors and plain containers, only what mmengine's runner writes into its own
     checkpoints is let through, numpy numbers and arrays and the history of the logged scalars, and
-    the plain namespace of arguments that the authors' training script adds.
+    the namespace of arguments that the authors' training script adds.
 
     Args:
         filename (str): The file. One that ends in ``.safetensors`` needs that package.
         map_location (str | torch.device | None): Device of the tensors. Defaults to None, the
             device they were saved from.
-
-    Returns:
-        dict: What the file holds.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -146,25 +143,12 @@ def check_values(
 
 
 def load_weights(model: nn.Module, filename: str, config: str) -> dict:
-    """Load a checkpoint that must hold exactly the model's parameters.
-
-    Args:
-        model (nn.Module): The model.
-        filename (str): The checkpoint, a local file.
-        config (str): The model's config, for the message.
-
-    Returns:
-        dict: What the checkpoint holds.
+    """Load a local checkpoint that must hold exactly the model's parameters, and return all of it.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        CheckpointError: If it cannot be read or does not fit; the message names what differs.
-
-    Example:
-        >>> model = torch.nn.Linear(2, 1)
-        >>> torch.save(model.state_dict(), '/tmp/linear.pth')
-        >>> load_weights(model, '/tmp/linear.pth', 'my_config.py').keys()
-        odict_keys(['weight', 'bias'])
+        CheckpointError: If it cannot be read or does not fit the model of ``config``; the message
+            names what differs.
     """
     checkpoint = read_checkpoint(filename, map_location='cpu')
     weights = find_weights(checkpoint, filename)

@@ -103,7 +103,6 @@ def read_weights(checkpoint: str, map_location: str = 'cpu') -> dict[str, Tensor
     """Read the weights of a checkpoint, as :func:`load_backbone_checkpoint` does.
 
     Example:
-        >>> import torch
         >>> torch.save(dict(model=dict(weight=torch.ones(1))), '/tmp/weights.pth')
         >>> read_weights('/tmp/weights.pth')
         {'weight': tensor([1.])}

@@ -54,8 +54,7 @@ RELEASED = {
         '17LLK5PSssMpepxeAt6-uKSd4aaV99u5X', '1lDYQPm2FAGvzYcneJaR_x-UZ6kd3Tho_', 84.4
     ),
 }
-# Seconds without a byte, and further attempts.
-_TIMEOUT = 60
+# Further attempts to download, after 60 seconds without a byte.
 _RETRIES = 2
 _ZOOS = {
     'torchvision': get_torchvision_models,
@@ -64,16 +63,8 @@ _ZOOS = {
     'openmmlab': get_external_models,
 }
 # All that mmengine registers.
-_PREFIXES = (
-    '',
-    'http://',
-    'https://',
-    *(f'{zoo}://' for zoo in _ZOOS),
-    'mmcls://',
-    'pavi://',
-    r'(\S+\:)?s3://',
-    r'(\S+\:)?petrel://',
-)
+_PREFIXES = ['', 'http://', 'https://', *(f'{zoo}://' for zoo in _ZOOS), 'mmcls://', 'pavi://']
+_PREFIXES += [r'(\S+\:)?s3://', r'(\S+\:)?petrel://']
 
 
 def use_safe_loader() -> None:
@@ -86,17 +77,15 @@ def load_from_address(address: str, map_location: str | torch.device | None = No
     """Read a checkpoint from a path or an address with :func:`read_checkpoint`."""
     scheme, _, name = address.rpartition('://')
     if scheme in _ZOOS:
-        urls = _ZOOS[scheme]()
-        if name not in urls:
+        url = _ZOOS[scheme]().get(name)
+        if url is None:
             raise CheckpointError(f'checkpoint {address}: mmengine knows no such model')
-        address = urls[name]
-        scheme = urlparse(address).scheme
-    if scheme == 'file':
-        address = url2pathname(urlparse(address).path)
+        return load_from_address(url, map_location)
     if scheme in ('http', 'https'):
         checkpoint = read_checkpoint(download(address), map_location)
     elif scheme in ('', 'file'):
-        checkpoint = read_checkpoint(address, map_location)
+        path = url2pathname(urlparse(address).path) if scheme else address
+        checkpoint = read_checkpoint(path, map_location)
     else:
         checkpoint = _read_remote(address, map_location)
     if isinstance(checkpoint.get('state_dict'), dict):
@@ -133,19 +122,18 @@ def _cached(name: str) -> Iterator[tuple[str, bool]]:
 
 
 def fetch_released(address: str) -> str:
-    """Download released weights, once, through gdown.
+    """Download released weights, once, to the cache of torch hub.
 
     Args:
         address (str): ``scalablevit://SIZE`` or ``scalablevit://SIZE?sha256=HEX``, where SIZE is
             'small', 'base' or 'large', and HEX eight or more digits of the file's SHA-256.
 
     Returns:
-        str: The file in the cache of ``torch.hub``; it is a checkpoint and whole.
+        str: The file; it is a checkpoint and whole.
 
     Raises:
-        CheckpointError: If the address is none of these, the file cannot be downloaded, is no
-            checkpoint, or has another hash. The message says where the file can be had, and where
-            to put it.
+        CheckpointError: If it cannot be had or has another hash; the message says where the file
+            is and where to put it.
 
     Example:
         >>> fetch_released('scalablevit://small')  # doctest: +SKIP
@@ -196,22 +184,14 @@ def _download_released(size: str, path: str) -> None:
             f'checkpoint scalablevit://{size} needs the package gdown (pip install gdown), or '
             f'{by_hand}'
         ) from error
+    failures = (gdown.exceptions.DownloadError, requests.RequestException)
     with tempfile.TemporaryDirectory(dir=osp.dirname(path), prefix='scalablevit-') as folder:
         part = osp.join(folder, 'download.pth')
         try:
-            gdown.download(
-                id=released.weights,
-                output=part,
-                use_cookies=False,
-                timeout=_TIMEOUT,
-                retries=_RETRIES,
-            )
+            limits = dict(timeout=60, retries=_RETRIES)
+            gdown.download(id=released.weights, output=part, use_cookies=False, **limits)
             read_checkpoint(part, map_location='cpu')
-        except (
-            CheckpointError,
-            gdown.exceptions.DownloadError,
-            requests.RequestException,
-        ) as error:
+        except (CheckpointError, *failures) as error:
             reason = one_line(str(error).replace(part, 'that was downloaded'), 200)
             raise CheckpointError(
                 f'checkpoint scalablevit://{size} cannot be had ({reason}); {by_hand}'

@@ -50,11 +50,7 @@ def check_coco(
 
 def check_boxes(dataset: BaseDataset, full: bool, findings: Findings) -> str:
     """Check a data set of boxes in another format, such as PASCAL VOC, as it reads itself."""
-    try:
-        samples = dataset.load_data_list()
-    except FileNotFoundError as error:
-        findings.error('file does not exist', error.filename)
-        return ''
+    samples = dataset.load_data_list()
     classes, counts = dataset.metainfo['classes'], Counter()
     for data in samples:
         for instance in data.get('instances', ()):

@@ -123,7 +123,6 @@ def check_data_set(
         return _check_coco(cfg, loader, leaf, dataset, findings, full)
     if 'BaseSegDataset' not in bases:
         return '' if full is None else check_boxes(dataset, full, findings)
-    _check_ignored(cfg, loader, dataset.ignore_index, findings)
     if full is not None:
         return check_segmentation(dataset, full, findings)
     if not dataset.load_data_list():
@@ -143,10 +142,9 @@ def _check_coco(
 ) -> str:
     path, folder = dataset.ann_file, dataset.data_prefix.get('img', '')
     evaluated = loader != 'train_dataloader'
-    evaluators = _as_list(cfg.get(loader.replace('dataloader', 'evaluator')))
     # Official test sets come without annotations.
-    formats = evaluated and any(evaluator.get('format_only') for evaluator in evaluators)
-    if full is None and (formats or not is_main_process()):
+    formats = find_settings(cfg.get(loader.replace('dataloader', 'evaluator')), 'format_only')
+    if full is None and (not is_main_process() or (evaluated and any(x for _, x in formats))):
         return ''
     needed = [(osp.isfile, path), (osp.isdir, folder)]
     if not all_exist(needed[: 1 if full is None else 2], findings):
@@ -182,33 +180,11 @@ def _check_crowded(model: dict, entries: dict, path: str, findings: Findings) ->
             findings.warn(fault, f'{image["file_name"]} ({counts[image["id"]]})')
 
 
-def _check_ignored(cfg: Config, loader: str, ignored: int, findings: Findings) -> None:
-    """Compare the value of label maps that a data set ignores with that of heads and metric."""
-    model, evaluator = cfg.get('model') or {}, loader.replace('dataloader', 'evaluator')
-    parts = {f'model.{key}': model.get(key) for key in ('decode_head', 'auxiliary_head')}
-    if loader != 'train_dataloader':
-        parts[evaluator] = cfg.get(evaluator)
-    for name, found in parts.items():
-        for part in _as_list(found):
-            if part.get('ignore_index', 255) != ignored:
-                fault = f'must be {ignored}, as in {loader}.dataset, best all 255'
-                findings.error(fault, f'{name}.ignore_index={part.get("ignore_index", 255)}')
-
-
-def _as_list(value: object) -> list:
-    return list(value) if isinstance(value, list | tuple) else [value] if value else []
-
-
 def class_faults(cfg: Config, loader: str, dataset: BaseDataset) -> Iterator[str]:
     """Compare the heads of a model with the classes of a data set that was built."""
     classes = getattr(dataset, 'metainfo', {}).get('classes')
     if not isinstance(classes, list | tuple):
         return
-    if is_plain_coco(type(dataset)) and len(getattr(dataset, 'cat_ids', classes)) != len(classes):
-        yield (
-            f'{loader}: {len(dataset.cat_ids)} of the {len(classes)} classes of the config are '
-            f'among the categories of {dataset.ann_file}; tools/check_data.py names the others'
-        )
     names = ', '.join(map(str, classes[:_NAMED])) + (', ...' if len(classes) > _NAMED else '')
     for key, value in find_settings(cfg.get('model'), 'num_classes'):
         if value != len(classes):

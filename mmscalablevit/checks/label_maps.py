@@ -2,7 +2,6 @@
 """What a label map may hold, and faults of the label maps of a data set."""
 
 import os.path as osp
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -73,19 +72,14 @@ def check_segmentation(dataset: BaseDataset, full: bool, findings: Findings) -> 
     pairs = [(data['img_path'], data['seg_map_path']) for data in dataset.load_data_list()]
     if not pairs:
         findings.error(f'no image ends in img_suffix={dataset.img_suffix!r}', images)
-    if not dataset.ann_file or osp.isdir(dataset.ann_file):
-        _check_leftovers(images, dataset.img_suffix, {image for image, _ in pairs}, findings)
-        _check_leftovers(masks, dataset.seg_map_suffix, {mask for _, mask in pairs}, findings)
 
-    there = []
     for image, mask in pairs:
         if not osp.isfile(image):
             findings.error(f'image of {dataset.ann_file} does not exist', image)
         elif not osp.isfile(mask):
             findings.error('mask does not exist', mask)
-        else:
-            there.append((image, mask))
 
+    there = [pair for pair in pairs if all(map(osp.isfile, pair))]
     classes, chosen = dataset.metainfo['classes'], sample(there, full)
     occurring, rule = set(), label_rule(dataset)
     sizes = in_threads(size_or_fault, [image for image, _ in chosen], 'images and label values')
@@ -114,11 +108,3 @@ def _check_label_map(path: str, size: tuple, rule: LabelRule, findings: Findings
     if fault:
         findings.error(f'label map: {fault[1]}', fault[0])
     return set(np.unique(labels).tolist())
-
-
-def _check_leftovers(folder: str, suffix: str, used: set[str], findings: Findings) -> None:
-    """Warn of files that no image-mask pair uses."""
-    used = {osp.normpath(path) for path in used}
-    for path in sorted(Path(folder).rglob('*')):
-        if path.is_file() and osp.normpath(path) not in used:
-            findings.warn(f'file has no partner or does not end in {suffix}: not used', path)

@@ -33,12 +33,7 @@ def data_sets(dataset: object) -> Iterator[object]:
 
 
 class SampleChecks:
-    """Checks of the local files of a data set's samples, each once in a process.
-
-    Args:
-        dataset (Dataset): The data set, checked where it has ``get_data_info``, as all of
-            mmengine's have.
-    """
+    """Checks of the local files of a data set with ``get_data_info``, each sample once."""
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset

@@ -16,13 +16,9 @@ from torch import nn
 class CPUAmpOptimWrapper(OptimWrapper):
     """Training under bfloat16 autocast on CPU.
 
-    mmengine's ``AmpOptimWrapper`` refuses to run without an accelerator. bfloat16 has the range of
-    float32, so unlike there no loss scaling is needed. mmcv's compiled operations know no bfloat16
-    on CPU: what reaches them in training, the input of RoI extractors and the predictions of dense
-    heads (for NMS), is kept in float32.
-
-    Args:
-        **kwargs: Arguments of ``OptimWrapper``.
+    bfloat16 has the range of float32, so no loss scaling is needed. mmcv's compiled operations know
+    no bfloat16 on CPU: what reaches them in training, the input of RoI extractors and the
+    predictions of dense heads (for NMS), is kept in float32.
 
     Example:
         >>> import torch

@@ -21,13 +21,6 @@ class AtomicLocalBackend(LocalBackend):
     A file is written as ``FILE.tmp``, flushed to the disk, and then takes its name. One that is
     removed stays until the next one of its folder is written: mmengine removes an outdated
     checkpoint before it writes the one that replaces it. Registered as ``atomic_local``.
-
-    Example:
-        >>> from mmengine.fileio import get_file_backend
-        >>> backend = get_file_backend(backend_args=dict(backend='atomic_local'))
-        >>> backend.put(b'weights', '/tmp/whole.pth')
-        >>> backend.get('/tmp/whole.pth')
-        b'weights'
     """
 
     def put(self, obj: bytes, filepath: str | os.PathLike) -> None:
@@ -69,8 +62,7 @@ register_backend('atomic_local', AtomicLocalBackend)
 class AtomicCheckpointHook(CheckpointHook):
     """mmengine's ``CheckpointHook``, whose files are written by ``AtomicLocalBackend``.
 
-    A job that is killed at any moment, or whose disk is full, leaves its last checkpoint whole. The
-    disk must hold one checkpoint more than ``max_keep_ckpts``. Checkpoints on remote storage
+    The disk must hold one checkpoint more than ``max_keep_ckpts``. Checkpoints on remote storage
     (``out_dir`` with '://') are written by its own backend.
 
     Args:

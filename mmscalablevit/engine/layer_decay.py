@@ -25,13 +25,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     On top of what mmengine's default constructor gives a parameter, its learning rate is multiplied
     by ``layer_decay_rate ** (num_layers - 1 - layer_id)``, where ``(layer_id, num_layers)`` is what
     ``model.backbone.get_layer_depth(name, 'backbone.')`` returns. ScalableViT and the backbones of
-    mmpretrain have this method. Necks and heads keep the full rate. The rates follow BEiT
-    (https://arxiv.org/abs/2106.08254), fine-tuned for dense prediction.
-
-    Any recipe takes it from the command line::
-
-        --cfg-options optim_wrapper.constructor=LayerDecayOptimWrapperConstructor
-            optim_wrapper.paramwise_cfg.layer_decay_rate=0.9
+    mmpretrain have this method. Necks and heads keep the full rate, as in BEiT (arXiv 2106.08254).
 
     Args:
         optim_wrapper_cfg (dict): Config of the optimizer wrapper; its ``optimizer`` needs ``lr``.
@@ -81,15 +75,17 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         prefix: str = '',
         is_dcn_module: bool | None = None,
     ) -> None:
-        """Add the parameters of a module to the groups; the model itself, without prefix, decays.
-
-        Raises:
-            TypeError: If the model's backbone has no ``get_layer_depth``.
-        """
+        """Add the parameters of a module to the groups; those of the whole model decay."""
         if prefix:
             super().add_params(params, module, prefix, is_dcn_module)
             return
-        backbone = _layered_backbone(module)
+        backbone = getattr(module, 'backbone', None)
+        if not hasattr(backbone, 'get_layer_depth'):
+            raise TypeError(
+                f'backbone {type(backbone).__name__} has no method get_layer_depth(param_name, '
+                f'prefix), which layer-wise learning-rate decay asks of {type(module).__name__}.'
+                'backbone; ScalableViT and most backbones of mmpretrain have it'
+            )
         with _without_paramwise_log():
             super().add_params(params, module, prefix, is_dcn_module)
         self._decay(params, module, backbone)
@@ -110,19 +106,6 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             f'{max(scales, default=1):.3g} of the base rate {self.base_lr}',
             logger='current',
         )
-
-
-def _layered_backbone(model: nn.Module) -> nn.Module:
-    backbone = getattr(model, 'backbone', None)
-    if backbone is None:
-        raise TypeError(f'layer-wise learning-rate decay needs {type(model).__name__}.backbone')
-    if not hasattr(backbone, 'get_layer_depth'):
-        raise TypeError(
-            f'backbone {type(backbone).__name__} has no method '
-            'get_layer_depth(param_name, prefix), which layer-wise learning-rate decay needs; '
-            'ScalableViT and most backbones of mmpretrain have it'
-        )
-    return backbone
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from mmengine.model import is_model_wrapper, revert_sync_batchnorm
 from mmengine.optim import OptimWrapper
 from mmengine.registry import MODEL_WRAPPERS, RUNNERS
 from mmengine.runner import Runner
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 
 from ..checkpoint.reading import check_values, find_weights, misfit
@@ -55,11 +55,6 @@ class SafeRunner(Runner):
       waits for nobody: its launcher ends the others. Workers of data loaders end with their job.
     - Without an accelerator, gloo takes the place of NCCL, bfloat16 that of float16, and BN layers
       are not synchronized.
-
-    Example:
-        >>> cfg = Config.fromfile('my_config.py')  # doctest: +SKIP
-        >>> cfg.runner_type = 'SafeRunner'  # doctest: +SKIP
-        >>> RUNNERS.build(cfg).train()  # doctest: +SKIP
     """
 
     _part = 'train'
@@ -67,11 +62,7 @@ class SafeRunner(Runner):
 
     @classmethod
     def from_cfg(cls, cfg: Config) -> 'SafeRunner':
-        """Build a runner from a config.
-
-        Args:
-            cfg (Config): The config. ``resume`` without ``load_from`` takes the latest whole
-                checkpoint of ``work_dir``.
+        """Build a runner; ``resume`` without ``load_from`` takes the latest whole checkpoint.
 
         Raises:
             UserError: If something in the config is wrong.
@@ -222,12 +213,12 @@ class SafeRunner(Runner):
             return super().train()
 
     def val(self) -> dict:
-        """Validate, see mmengine's ``Runner`` and ``train``."""
+        """Validate, see ``train``."""
         with self._run('val', 'val_loop'):
             return super().val()
 
     def test(self) -> dict:
-        """Test, see mmengine's ``Runner`` and ``train``."""
+        """Test, see ``train``."""
         with self._run('test', 'test_loop'):
             return super().test()
 
@@ -289,15 +280,6 @@ class SafeRunner(Runner):
             for state in (self.model.state_dict(), weights)
         )
         check_values(weights, self._checkpoint, parameters)
-        if self._part != 'train' or not self._resume:
-            return
-        # Of an EMAHook: the model's own weights, while state_dict holds the averaged ones.
-        states = {'ema_state_dict': checkpoint.get('ema_state_dict') or {}}
-        moments = (checkpoint.get('optimizer') or {}).get('state') or {}
-        states.update({f'optimizer.state.{index}': state for index, state in moments.items()})
-        for where, state in states.items():
-            tensors = {f'{where}.{k}': v for k, v in state.items() if isinstance(v, Tensor)}
-            check_values(tensors, self._checkpoint, tensors)
 
     def _check_classes(self, checkpoint: dict) -> None:
         """Refuse the data set's classes in another order."""
@@ -333,7 +315,7 @@ class SafeRunner(Runner):
 
 @contextlib.contextmanager
 def lock_work_dir(work_dir: str | os.PathLike, name: str = 'training') -> Iterator[None]:
-    """Keep others from working in a work directory, until this process ends in any way."""
+    """Keep others from working in a work directory, until the block or this process ends."""
     os.makedirs(work_dir, exist_ok=True)
     lock = FileLock(osp.join(work_dir, f'.{name}.lock'), timeout=0)
     try:

@@ -2,7 +2,6 @@
 """Random numbers that depend on iteration and sample alone, so that resuming repeats them."""
 
 import itertools
-import logging
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +10,6 @@ import numpy as np
 import torch
 from mmengine.dist import get_rank, get_world_size
 from mmengine.hooks import Hook
-from mmengine.logging import print_log
 from mmengine.registry import DATA_SAMPLERS, DATASETS, HOOKS
 from mmengine.runner import Runner
 from torch.utils.data import Dataset, Sampler
@@ -25,19 +23,17 @@ _ITERATION, _SAMPLE = 0, 1
 class IterSeedHook(Hook):
     """Seed random numbers by iteration and by sample, for a resumed training to draw the same.
 
-    A checkpoint of mmengine holds no state of random number generators, and a generator in a
-    worker of the data loader cannot be read at all. With this hook and the data loaders of
-    ``SafeRunner`` nothing depends on such states: the generators of Python, numpy and torch are
-    seeded
+    A checkpoint of mmengine holds no state of random number generators. With this hook and the data
+    loaders of ``SafeRunner`` nothing depends on such states: the generators of Python, numpy and
+    torch are seeded
 
     - at the start of each iteration, from the seed of the run, the iteration and the rank, for
       what is drawn in the model (stochastic depth, dropout, sampling of boxes);
     - before each sample is loaded, from the seed of the run and the number of the sample in the
-      stream of the sampler, for its augmentation. The number of workers and of processes does not
-      matter, as long as the global batch stays the same.
+      stream of the sampler, for its augmentation, whatever the number of workers and processes.
 
-    On the same machine with deterministic operators (CPU, same number of threads), a training
-    that is resumed then ends with exactly the weights of one that never stopped, where
+    With deterministic operators, a training that is resumed then ends with exactly the weights of
+    one that never stopped, where
 
     - it is resumed from the end of an epoch or, in iteration-based training, from any iteration
       at which accumulated gradients were applied;
@@ -54,17 +50,9 @@ class IterSeedHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Let the sampler number its samples from the epoch at which the training begins."""
-        batches = runner.train_dataloader.batch_sampler
-        sampler = getattr(batches, 'sampler', None)
+        sampler = getattr(runner.train_dataloader.batch_sampler, 'sampler', None)
         if isinstance(sampler, SeededSampler):
             sampler.begin(runner.epoch)
-            return
-        print_log(
-            f'IterSeedHook: the samples of {type(batches).__name__} are not seeded, which '
-            'SafeRunner does; augmentation will not be the same after resuming',
-            logger='current',
-            level=logging.WARNING,
-        )
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         """Seed what the model draws."""
@@ -83,11 +71,6 @@ class SeededSampler(Sampler):
         dataset (Dataset): Its data set.
         seed (int, optional): Its seed, and that of the samples. Defaults to None, a seed of its own
             for the sampler, and 0 for the samples.
-
-    Example:
-        >>> cfg = dict(type='SeededSampler', sampler=dict(type='DefaultSampler', shuffle=False))
-        >>> list(DATA_SAMPLERS.build(cfg, default_args=dict(dataset=range(3), seed=0)))
-        [0, 1, 2]
     """
 
     def __init__(self, sampler: dict, dataset: Dataset, seed: int | None = None) -> None:
@@ -132,11 +115,6 @@ class SeededDataset(Dataset):
 
     Args:
         dataset (dict | Dataset): The data set or its config. Its attributes are those of this one.
-
-    Example:
-        >>> dataset = SeededDataset([10, 20])
-        >>> dataset[1], len(dataset)
-        (20, 2)
     """
 
     def __init__(self, dataset: dict | Dataset) -> None:

@@ -79,15 +79,10 @@ class ScalableSelfAttention(nn.Module):
         self.proj = nn.Linear(scaled_dims if merged else embed_dims, embed_dims)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Attend from every position of a map to its reduced copy.
+        """Attend from every position of a map (B, H, W, C) to its reduced copy; the shape stays.
 
-        Args:
-            x (Tensor): Map of shape (B, H, W, C). Rows and columns left over by the reduction are
-                not seen by keys and values; a map smaller than the kernel is padded with zeros on
-                the right and bottom up to one kernel.
-
-        Returns:
-            Tensor: Map of shape (B, H, W, C).
+        Rows and columns left over by the reduction are not seen by keys and values; a map smaller
+        than the kernel is padded with zeros on the right and bottom up to one kernel.
         """
         height, width = x.shape[1], x.shape[2]
         query, (key, value) = self.q(x), self.key_value(x)
@@ -150,14 +145,10 @@ class InteractiveWindowSelfAttention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Attend inside windows and add the convolved values.
+        """Attend inside the windows of a map (B, H, W, C), and add the convolved values.
 
-        Args:
-            x (Tensor): Map of shape (B, H, W, C). Where the window does not divide it, zeros are
-                added on the right and bottom; they take part in attention as the bias of ``qkv``.
-
-        Returns:
-            Tensor: Map of shape (B, H, W, C).
+        Where the window does not divide it, zeros are added on the right and bottom; they take part
+        in attention as the bias of ``qkv``. The shape stays.
         """
         shape, size = x.shape, self.window_size
         qkv = self.qkv(partition_windows(x, size))  # (B * windows, N, 3 * C)
@@ -172,21 +163,7 @@ class InteractiveWindowSelfAttention(nn.Module):
 
 
 def partition_windows(x: Tensor, size: int) -> Tensor:
-    """Split a map into windows that do not overlap, after padding it to whole windows with zeros.
-
-    Args:
-        x (Tensor): Map of shape (B, H, W, C).
-        size (int): Side of a window in pixels.
-
-    Returns:
-        Tensor: Windows of shape (B * rows * columns, size * size, C) for
-        ``rows = ceil(H / size)`` and ``columns = ceil(W / size)``.
-
-    Example:
-        >>> import torch
-        >>> partition_windows(torch.rand(2, 8, 14, 3), size=7).shape
-        torch.Size([8, 49, 3])
-    """
+    """Split a map (B, H, W, C), padded with zeros, into windows (B * n, size * size, C)."""
     batch, height, width, channels = x.shape
     rows, columns = (height + size - 1) // size, (width + size - 1) // size
     x = F.pad(x, (0, 0, 0, columns * size - width, 0, rows * size - height))
@@ -197,23 +174,7 @@ def partition_windows(x: Tensor, size: int) -> Tensor:
 
 
 def merge_windows(windows: Tensor, shape: torch.Size, size: int) -> Tensor:
-    """Reverse :func:`partition_windows`, but for the crop of what it padded.
-
-    Args:
-        windows (Tensor): Windows of shape (B * rows * columns, size * size, C).
-        shape (torch.Size): Shape (B, H, W, C) of the map that was split.
-        size (int): Side of a window in pixels.
-
-    Returns:
-        Tensor: Map of shape (B, rows * size, columns * size, C).
-
-    Example:
-        >>> import torch
-        >>> x = torch.rand(2, 8, 14, 3)
-        >>> merged = merge_windows(partition_windows(x, size=7), x.shape, size=7)
-        >>> merged.shape, torch.equal(merged[:, :8], x)
-        (torch.Size([2, 14, 14, 3]), True)
-    """
+    """Reverse :func:`partition_windows` of a map of a shape, but for the crop of what it padded."""
     batch, height, width, channels = shape
     rows, columns = (height + size - 1) // size, (width + size - 1) // size
     x = windows.view(batch, rows, columns, size, size, channels).transpose(2, 3)
@@ -234,25 +195,15 @@ def fused_attention(
 ) -> Tensor:
     """Multi-head attention, formula (1), by torch's fused kernels, for values of any width.
 
-    The fused kernels want values as wide as keys and otherwise fall back to explicit matrices. The
-    narrower side is padded with zeros, which changes neither the products nor the kept outputs.
+    They want values as wide as keys: the narrower side is padded with zeros, which is exact.
 
     Args:
         query (Tensor): Queries of shape (B, N, heads * D).
         key (Tensor): Keys of shape (B, M, heads * D).
-        value (Tensor): Values of shape (B, M, heads * E).
+        value (Tensor): Values of shape (B, M, heads * E); the result is of shape (B, N, heads * E).
         num_heads (int): Number of heads.
         scale (float): Factor on the products.
         dropout (float): Dropout rate of the attention weights. Defaults to 0.
-
-    Returns:
-        Tensor: Attended values of shape (B, N, heads * E).
-
-    Example:
-        >>> import torch
-        >>> q, k, v = torch.rand(1, 9, 80), torch.rand(1, 4, 80), torch.rand(1, 4, 64)
-        >>> fused_attention(q, k, v, num_heads=2, scale=40**-0.5).shape
-        torch.Size([1, 9, 64])
     """
     limit = MAX_BATCH.get(query.device.type)
     if limit and query.shape[0] > limit:

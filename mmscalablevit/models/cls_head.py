@@ -36,9 +36,6 @@ class ScalableViTClsHead(ClsHead):
             of standard deviation 0.02 for linear layers, as released.
         **kwargs: ``loss``, ``topk`` and ``cal_acc`` of mmpretrain's ``ClsHead``.
 
-    Raises:
-        ValueError: If a number is not a positive integer.
-
     Example:
         >>> import torch
         >>> from mmengine.registry import init_default_scope
@@ -77,23 +74,9 @@ class ScalableViTClsHead(ClsHead):
         )
 
     def pre_logits(self, feats: tuple[Tensor, ...]) -> Tensor:
-        """Compute what the last linear layer classifies.
-
-        Args:
-            feats (tuple[Tensor]): Pooled features; the last, of shape (B, in_channels), is used.
-
-        Returns:
-            Tensor: Features of shape (B, hidden_channels), or (B, in_channels) of the plain head.
-        """
+        """Compute what the last linear layer classifies, of shape (B, C), of the last feature."""
         return self.fc[:-1](feats[-1]) if isinstance(self.fc, nn.Sequential) else feats[-1]
 
     def forward(self, feats: tuple[Tensor, ...]) -> Tensor:
-        """Classify.
-
-        Args:
-            feats (tuple[Tensor]): Pooled features; the last, of shape (B, in_channels), is used.
-
-        Returns:
-            Tensor: Logits of shape (B, num_classes).
-        """
+        """Compute logits of shape (B, num_classes) of pooled features, the last (B, C) of them."""
         return self.fc(feats[-1])

@@ -38,14 +38,7 @@ class PatchEmbed(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Embed a map.
-
-        Args:
-            x (Tensor): Map of shape (B, H, W, in_channels).
-
-        Returns:
-            Tensor: Map of shape (B, ceil(H / stride), ceil(W / stride), embed_dims).
-        """
+        """Embed a map (B, H, W, in_channels) to (B, ceil(H / stride), ceil(W / stride), C)."""
         return self.drop(self.norm(conv_channels_last(self.proj, x)))
 
 
@@ -76,26 +69,12 @@ class PositionEncodingGenerator(nn.Module):
 
 
 def conv_channels_last(conv: nn.Module, x: Tensor) -> Tensor:
-    """Apply a convolution to a map of shape (B, H, W, C) and return one of the same layout.
-
-    Both transpositions are views; no memory moves if the convolution keeps channels-last format.
-    """
+    """Apply a convolution to a map of shape (B, H, W, C); both transpositions are views."""
     return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class MLP(nn.Module):
-    """Two linear layers with an exact GELU between them.
-
-    Args:
-        embed_dims (int): Channels in and out.
-        hidden_dims (int): Channels between the layers.
-        drop (float): Dropout rate after each layer. Defaults to 0.
-
-    Example:
-        >>> import torch
-        >>> MLP(64, 256)(torch.rand(1, 7, 9, 64)).shape
-        torch.Size([1, 7, 9, 64])
-    """
+    """Two linear layers with an exact GELU between them, and dropout after each."""
 
     def __init__(self, embed_dims: int, hidden_dims: int, drop: float = 0.0) -> None:
         super().__init__()
@@ -121,12 +100,6 @@ class Block(nn.Module):
         mlp_ratio (float): Width of the MLP relative to ``embed_dims``. Defaults to 4.
         drop (float): Dropout rate inside the MLP. Defaults to 0.
         drop_path (float): Stochastic depth rate of both branches. Defaults to 0.
-
-    Example:
-        >>> import torch
-        >>> block = Block(64, attn=nn.Identity())
-        >>> block(torch.rand(1, 7, 9, 64)).shape
-        torch.Size([1, 7, 9, 64])
     """
 
     def __init__(

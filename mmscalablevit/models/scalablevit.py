@@ -194,18 +194,11 @@ class ScalableViT(BaseModule):
         )
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Compute the feature maps of an image batch.
-
-        Args:
-            x (Tensor): Images of shape (B, in_channels, H, W), any H and W from 1 up.
+        """Compute the feature maps of images (B, in_channels, H, W), any H and W from 1 up.
 
         Returns:
             tuple[Tensor]: One contiguous map of shape (B, embed_dims[i], H_i, W_i) for each i of
             ``out_indices``; sizes are rounded up: H_0 = ceil(H / 4), H_i = ceil(H_(i-1) / 2).
-
-        Raises:
-            TypeError: If ``x`` is no tensor of floating-point numbers.
-            ValueError: If ``x`` is no batch of images with ``in_channels`` channels.
         """
         x = check_images(x, self.in_channels)
         x = x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
@@ -277,21 +270,15 @@ class ScalableViT(BaseModule):
 
         Args:
             param_name (str): Name of the parameter.
-            prefix (str): What the names of this backbone's parameters start with in
-                ``param_name``, such as 'backbone.'. Defaults to ''.
+            prefix (str): What the names of this backbone's parameters start with. Defaults to ''.
 
         Returns:
             tuple[int, int]: The layer, from 0, and the number of layers.
-
-        Raises:
-            ValueError: If the name starts with ``prefix`` and is none of ScalableViT's.
 
         Example:
             >>> model = ScalableViT('small')
             >>> model.get_layer_depth('backbone.stages.1.0.norm1.weight', 'backbone.')
             (3, 28)
-            >>> model.get_layer_depth('neck.lateral_convs.0.conv.weight', 'backbone.')
-            (27, 28)
         """
         depths = [len(stage) for stage in self.stages]
         num_layers = sum(depths) + 2
@@ -318,11 +305,6 @@ class ScalableViT(BaseModule):
 
         From scratch: truncated normal of standard deviation 0.02 for linear layers, normal by fan
         out for convolutions, ones and zeros for norms, zero biases.
-
-        Raises:
-            FileNotFoundError: If the checkpoint of ``init_cfg`` does not exist.
-            CheckpointError: If it cannot be read or does not fit; the message names the right
-                ``arch`` or lists the keys.
         """
         if self.is_init:
             print_log('init_weights of ScalableViT has been called before', logger='current')
