@@ -17,15 +17,13 @@ import torch
 import yaml
 from jobs import draw_shapes
 from mmengine.config import Config
-from mmengine.dataset import BaseDataset
 from mmengine.registry import MODELS, DefaultScope, init_default_scope
 from PIL import Image
 
 from mmscalablevit import ScalableViT
 from mmscalablevit.checks import config as checks
 from mmscalablevit.checks.config import reordered
-from mmscalablevit.engine.seed_hook import SeededDataset
-from mmscalablevit.errors import DataError, UserError
+from mmscalablevit.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 TOOLS = ROOT / 'tools'
@@ -50,47 +48,24 @@ def arch(**changes):
 
 BACKBONE = {
     'misspelt arch': (dict(arch='smal'), ValueError, r"got 'smal'; did you mean 'small'\?"),
-    'arch None': (dict(arch=None), TypeError, 'arch must be a name or a dict, got NoneType'),
-    'empty arch': (dict(arch={}), ValueError, r"missing: \['c_ratios', 'depths'"),
-    'five stages': (
-        arch(depths=(1,) * 5),
-        ValueError,
-        r"arch\['depths'\] must be 4 positive integers, got \(1, 1, 1, 1, 1\)",
-    ),
+    'five stages': (arch(depths=(1,) * 5), ValueError, 'must be 4 positive integers, got .1, 1, 1'),
     'depth bool': (arch(depths=(True, 1, 1, 1)), ValueError, r"arch\['depths'\] .*got \(True"),
     'zero heads': (arch(num_heads=(0, 2, 3, 4)), ValueError, r"arch\['num_heads'\] must be 4 pos"),
     'NaN c_ratio': (arch(c_ratios=(float('nan'), 1, 1, 1)), ValueError, r"'c_ratios'.*numbers"),
     'MLP without width': (arch(mlp_ratios=(0.01, 2, 2, 2)), ValueError, 'leaves the MLP no width'),
     'ssa_kv None': (arch(ssa_kv=None), ValueError, "'separate' or 'merged', got None"),
-    'in_channels bool': (
-        dict(in_channels=True),
-        TypeError,
-        'in_channels must be an integer of at least 1, got True',
-    ),
-    'in_channels float': (dict(in_channels=3.0), TypeError, 'in_channels .*got 3.0'),
+    'in_channels bool': (dict(in_channels=True), TypeError, 'integer of at least 1, got True'),
     'out_indices text': (dict(out_indices='0123'), TypeError, "out_indices .*got '0123'"),
-    'out_indices floats': (dict(out_indices=(0.0, 1.0)), TypeError, 'out_indices'),
-    'stage_norm bool': (dict(stage_norm=True), ValueError, 'stage_norm .*got True'),
     'final_norm text': (dict(final_norm='yes'), TypeError, 'final_norm must be True or False'),
     'drop_rate NaN': (dict(drop_rate=float('nan')), ValueError, r'drop_rate .*\[0, 1\), got nan'),
-    'drop_path_rate bool': (dict(drop_path_rate=True), TypeError, r'number in \[0, 1\), got True'),
-    'frozen_stages negative': (dict(frozen_stages=-2), ValueError, '-1 to 4, got -2'),
     'frozen_stages bool': (dict(frozen_stages=True), TypeError, 'frozen_stages'),
     'unknown argument': (dict(droppath=0.1), TypeError, "argument 'droppath'"),
 }
 INPUTS = {
     'no batch': (torch.zeros(3, 32, 32), ValueError, r'\(B, 3, H, W\).*got \(3, 32, 32\)'),
-    'video': (torch.zeros(1, 3, 2, 32, 32), ValueError, r'got \(1, 3, 2, 32, 32\)'),
     'empty batch': (torch.zeros(0, 3, 32, 32), ValueError, 'none of them empty'),
     'bytes': (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), TypeError, 'got torch.uint8'),
-    'array': (np.zeros((1, 3, 32, 32), np.float32), TypeError, 'got ndarray'),
 }
-INIT_CFGS = {
-    'no checkpoint': (dict(type='Pretrained'), "needs the key 'checkpoint'"),
-    'no type': (dict(checkpoint='backbone.pth'), "init_cfg needs the key 'type'"),
-}
-
-
 BAD = yaml.safe_load((ROOT / 'tests' / 'data' / 'bad_configs.yml').read_text())
 ANNOTATIONS = 'annotations/instances_training.json'
 IMAGE = 'images/training/000001.jpg'
@@ -133,14 +108,6 @@ def annotation(**values):
 
 def empty(*parts):
     return edit(lambda content: content.update({part: [] for part in parts}))
-
-
-def empty_folder(name):
-    def spoil(folder):
-        for path in (folder / name).iterdir():
-            path.unlink()
-
-    return spoil
 
 
 FILE = '{data}/' + ANNOTATIONS
@@ -196,10 +163,6 @@ SEGMENTATION_DATA = {
         draw(LABELS, 128, 96),
         f'label map {{data}}/{LABELS} is 96x128 and not 64x64; it must be of',
     ),
-    'empty folder': (
-        empty_folder('images/training'),
-        '{data}/images/training holds no image that ends in',
-    ),
 }
 VALIDATED = ANNOTATIONS.replace('training', 'validation')
 TESTED = {
@@ -234,12 +197,6 @@ def test_backbone_arguments(kwargs, error, text):
 def test_inputs(images, error, text):
     with pytest.raises(error, match=text):
         ScalableViT(ARCH)(images)
-
-
-@pytest.mark.parametrize(('init_cfg', 'text'), INIT_CFGS.values(), ids=INIT_CFGS)
-def test_init_cfgs(init_cfg, text):
-    with pytest.raises(ValueError, match=text):
-        ScalableViT(ARCH, init_cfg=init_cfg).init_weights()
 
 
 @pytest.fixture(scope='module')
@@ -384,13 +341,6 @@ def test_data_of_a_test(config, spoil, sentence, said, folder):
     assert sentence.format(data=folder) in sentence_of_tool
 
 
-def test_label_map_in_test_time_augmentation(said, folder):
-    draw(LABELS.replace('training', 'validation'), 64, 64, value=9)(folder)
-    path = checkpoint(SEGMENTOR, ('background', *CLASSES))
-
-    assert '000001.png has 9' in said('test.py', SEGMENTOR, path, '--tta', '--work-dir', 'w')
-
-
 def test_checkpoint_of_classes_in_another_order(said, folder):
     path = checkpoint(DETECTOR, ('circle', 'square', 'star', 'triangle'))
 
@@ -412,49 +362,6 @@ def test_checkpoint_of_classes_in_another_order(said, folder):
 )
 def test_names_of_classes_in_a_checkpoint(trained, refused):
     assert reordered(trained, ('A-cat', 'dog', 'blue bird')) == refused
-
-
-class Photographs(BaseDataset):
-    def load_data_list(self):
-        return [dict(img_path=name, height=30, width=40) for name in ('photo.jpg', 'photo.png')]
-
-
-def sizes():
-    dataset = SeededDataset(Photographs(pipeline=[dict(type='mmcv.LoadImageFromFile')]))
-    return [dataset[i]['ori_shape'] for i in (0, 1, 0, 1)]
-
-
-def test_turned_photograph_is_warned_of_once(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    warned = []
-    monkeypatch.setattr('mmscalablevit.checks.pipeline.print_log', lambda x, *_: warned.append(x))
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    for name in ('photo.jpg', 'photo.png'):
-        Image.new('RGB', (40, 30)).save(name, exif=exif)
-
-    assert sizes() == [(40, 30)] * 4
-    assert len(warned) == 1
-    assert 'photo.jpg is 30x40 (EXIF rotation applied) and not 40x30' in warned[0]
-    assert "color_type='color_ignore_orientation'" in warned[0]
-
-
-def test_image_that_a_decoder_completes(tmp_path, monkeypatch):
-    # Older OpenCV fills what is missing with gray.
-    monkeypatch.chdir(tmp_path)
-    noise = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
-    for name in ('photo.jpg', 'photo.png'):
-        Image.fromarray(noise).save(name)
-    whole = {name: Path(name).read_bytes() for name in ('photo.jpg', 'photo.png')}
-    for name, content in whole.items():
-        Path(name).write_bytes(content + b'trailing')
-    assert sizes() == [(30, 40)] * 4
-
-    for name, content in whole.items():
-        Path(name).write_bytes(content[: len(content) // 2])
-        with pytest.raises(DataError, match=rf'image {name} is damaged: '):
-            sizes()
-        Path(name).write_bytes(content)
 
 
 def add_what_is_usual(folder):
@@ -529,22 +436,3 @@ def test_only_small_files_are_checked_and_by_one_process(folder, monkeypatch):
     monkeypatch.setattr(checks, '_CHECKED_BYTES', 100)
     check()
     assert 'check_data.py checks it' in said[0]
-
-
-def test_misspelt_class_of_a_large_file(said, folder, monkeypatch):
-    monkeypatch.setattr(checks, '_CHECKED_BYTES', 100)
-    classes = "metainfo=dict(classes=('circle', 'sqare', 'triangle', 'star'))"
-    text = f'train_dataloader = dict(dataset=dict({classes}))'
-
-    assert (
-        f'train_dataloader: 3 of the 4 classes of the config are among the categories of {folder}/'
-    ) in trains(said, DETECTOR, text)
-
-
-def test_number_of_cases():
-    tables = [BACKBONE, INPUTS, INIT_CFGS, *BAD.values()]
-    tables += [DETECTION_DATA, SEGMENTATION_DATA, TESTED]
-    count = sum(map(len, tables))
-    print(f'{count} wrong inputs, each ends in the sentence of its table')
-
-    assert count >= 60
