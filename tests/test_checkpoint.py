@@ -199,7 +199,7 @@ def test_every_layout_loads(saved, log, wrap, cfg, kwargs, left_out):
 def test_pretrained_of_a_segmentor_loads(saved):
     pytest.importorskip('mmseg.models')
     state = dense_weights()
-    head = dict(type='FCNHead', in_channels=32, channels=8, num_classes=2)
+    head = dict(type='mmseg.FCNHead', in_channels=32, channels=8, num_classes=2)
     backbone = ConfigDict(type='ScalableViT', arch=TINY)
     cfg = dict(backbone=backbone, decode_head=head, pretrained=saved(state))
     model = MODELS.build(dict(type='mmseg.EncoderDecoder', test_cfg=dict(mode='whole'), **cfg))
