@@ -2,7 +2,6 @@
 """The download of public data from a server on this machine, which breaks off and lies."""
 
 import hashlib
-import importlib.util
 import io
 import json
 import os
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from jobs import load_tool
 from PIL import Image
 
 from mmscalablevit.errors import UserError
@@ -33,9 +33,7 @@ download_data.main()
 
 @pytest.fixture
 def tool(monkeypatch):
-    spec = importlib.util.spec_from_file_location('download_data', TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_tool('tools/dataset_converters/download_data.py')
     monkeypatch.setattr(module, 'WAIT', 0)
     return module
 

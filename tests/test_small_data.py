@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from jobs import load_tool
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from PIL import Image
@@ -175,11 +176,7 @@ def test_configs_of_a_harness_differ_by_the_backbone_alone(task):
 @pytest.fixture
 def page(monkeypatch, tmp_path):
     """The tool, which writes into a folder of the test."""
-    spec = importlib.util.spec_from_file_location(
-        'results_page', ROOT / 'tools' / 'analysis_tools' / 'results_page.py'
-    )
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+    tool = load_tool('tools/analysis_tools/results_page.py')
     monkeypatch.setattr(tool, 'LOGS', tmp_path / 'results')
     monkeypatch.setattr(tool, 'PAGE', tmp_path / 'results.md')
     monkeypatch.setattr(tool, 'CURVES', tmp_path / 'curves.png')

@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 from config_cases import CONFIGS, DEMO, load
+from golden import TINY
 from jobs import ROOT
 from mmengine.model import MMDistributedDataParallel
 from mmengine.optim import build_optim_wrapper
@@ -20,16 +21,6 @@ CLASSIFICATION = sorted(
     f'classification/{path.name}' for path in (ROOT / 'configs' / 'classification').glob('*.py')
 )
 SUBSETS = [subset for length in range(1, 5) for subset in itertools.combinations(range(4), length)]
-TINY = dict(
-    embed_dims=(8, 8, 16, 16),
-    num_heads=(1, 1, 2, 2),
-    depths=(2, 2, 2, 2),
-    c_ratios=(1.25, 1.25, 1.25, 1),
-    sr_ratios=(8, 4, 2, 1),
-    window_sizes=(7, 7, 7, 7),
-    mlp_ratios=(2, 2, 2, 2),
-    ssa_kv='separate',
-)
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 # Copyright (c) mmscalablevit contributors. All rights reserved.
 """Pictures of the backbone: what they are computed from, and that any size gives them."""
 
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from golden import TINY
+from jobs import load_tool
 from torch import nn
 
 from mmscalablevit import ScalableViT
@@ -21,11 +21,7 @@ PICTURES = ['attention.png', 'features.png', 'receptive_fields.png', 'windows.pn
 
 @pytest.fixture(scope='module')
 def tool():
-    path = ROOT / 'tools' / 'analysis_tools' / 'visualize_backbone.py'
-    spec = importlib.util.spec_from_file_location('visualize_backbone', path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool('tools/analysis_tools/visualize_backbone.py')
 
 
 def call(tool, monkeypatch, *words):

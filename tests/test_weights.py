@@ -3,7 +3,6 @@
 
 import hashlib
 import http.server
-import importlib.util
 import io
 import os
 import shutil
@@ -17,7 +16,7 @@ from urllib.parse import parse_qs, urlparse
 import pytest
 import torch
 from golden import read_json, reference_state
-from jobs import draw_shapes, job_environment, run, run_tool
+from jobs import draw_shapes, job_environment, load_tool, run, run_tool
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import CheckpointLoader
@@ -321,11 +320,7 @@ def test_one_command_gives_the_top_1_of_a_size(drive, released, tmp_path):
 
 
 def test_the_tool_downloads_and_lists(drive, released, monkeypatch, capsys):
-    spec = importlib.util.spec_from_file_location(
-        'get_weights', ROOT / 'tools' / 'model_converters' / 'get_weights.py'
-    )
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+    tool = load_tool('tools/model_converters/get_weights.py')
     monkeypatch.setattr(sys, 'argv', ['get_weights.py', 'small'])
     cli.run(tool.main)
     said = capsys.readouterr().out

@@ -1,12 +1,12 @@
 # Copyright (c) mmscalablevit contributors. All rights reserved.
 """ScalableViT in configs of the toolboxes: written, built, one loss, one prediction."""
 
-import importlib.util
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from jobs import load_tool
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS
@@ -43,11 +43,7 @@ ALGORITHMS = {
 
 @pytest.fixture(scope='module')
 def tool():
-    path = ROOT / 'tools' / 'misc' / 'with_scalablevit.py'
-    spec = importlib.util.spec_from_file_location('with_scalablevit', path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool('tools/misc/with_scalablevit.py')
 
 
 @pytest.fixture(autouse=True)
