@@ -222,23 +222,6 @@ def test_slurm_test(fake_srun):
     assert arguments[-8:] == ['python', '-u', str(TOOLS / 'test.py'), *tail]
 
 
-@pytest.mark.parametrize(
-    'script', ['dist_train.sh', 'dist_test.sh', 'slurm_train.sh', 'slurm_test.sh']
-)
-def test_launchers_say_how_they_are_used(script, tmp_path, environment):
-    output = run([TOOLS / script, 'only one'], tmp_path, environment, expect=2)
-
-    assert output.startswith('usage:')
-    assert 'example:' in output
-
-
-@pytest.mark.parametrize('tool', ['train.py', 'test.py'])
-def test_help_has_an_example(tool, room, environment):
-    output = run([sys.executable, TOOLS / tool, '--help'], room, environment)
-
-    assert f'example: python tools/{tool} configs/' in ' '.join(output.split())
-
-
 def test_user_error_is_one_sentence(room, environment):
     command = [sys.executable, TOOLS / 'train.py', 'no/such.py']
     output = run(command, room, environment, expect=1)

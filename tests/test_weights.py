@@ -4,7 +4,6 @@
 import hashlib
 import http.server
 import io
-import os
 import shutil
 import ssl
 import subprocess
@@ -16,7 +15,7 @@ from urllib.parse import parse_qs, urlparse
 import pytest
 import torch
 from golden import read_json, reference_state
-from jobs import draw_shapes, job_environment, load_tool, run, run_tool
+from jobs import draw_shapes, finish, job_environment, load_tool, run, run_tool, start_tool
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import CheckpointLoader
@@ -204,13 +203,12 @@ def test_other_addresses_are_refused(end):
         fetch_released(f'scalablevit://{end}')
 
 
-def test_one_process_of_several_downloads(drive):
+def test_one_process_of_several_downloads(drive, tmp_path):
     code = (
         "from mmscalablevit.checkpoint.weights import fetch_released as f; f('scalablevit://base')"
     )
-    environment = dict(os.environ, PYTHONPATH=str(ROOT))
-    processes = [subprocess.Popen([sys.executable, '-c', code], env=environment) for _ in range(2)]
-    assert [process.wait(120) for process in processes] == [0, 0]
+    jobs = [start_tool(['-c', code], tmp_path, tmp_path / f'{i}.txt') for i in range(2)]
+    assert [finish(job) for job in jobs] == [0, 0]
     assert len(drive.requests) == 1
 
 
