@@ -312,8 +312,12 @@ def test_one_command_gives_the_top_1_of_a_size(drive, released, tmp_path):
         *('dataset.ann_file=meta/val.txt', 'num_workers=0', 'persistent_workers=False'),
     ]
     command = [ROOT / 'tools/test.py', config, 'scalablevit://small', '--cfg-options']
-    said = run_tool([*command, *(f'test_dataloader.{x}' for x in options)], tmp_path)
-    assert 'accuracy/top1: 75.0' in said
+    command += [f'test_dataloader.{option}' for option in options]
+    assert 'accuracy/top1: 75.0' in run_tool(command, tmp_path)
+    said = run_tool([*command, 'model.backbone.arch=small-merged'], tmp_path, expect=1)
+    assert (
+        "holds arch='small', use --cfg-options model.backbone.arch=small" in said.splitlines()[-1]
+    )
     assert len(drive.requests) == 1
 
 

@@ -161,8 +161,8 @@ def load_weights(model: nn.Module, filename: str, config: str) -> dict:
     return checkpoint
 
 
-def misfit(filename: str, config: str, error: Exception) -> CheckpointError:
-    """Return the error for a checkpoint on which ``load_state_dict`` failed."""
+def misfit(filename: str, config: str, error: Exception | str) -> CheckpointError:
+    """Return the error for a checkpoint on which ``load_state_dict`` failed, or why it did."""
     lines = [one_line(line, 120) for line in str(error).splitlines() if line.strip()]
     # The first of several lines only says that model and checkpoint differ.
     found = '; '.join(lines[1:4] or lines)

@@ -264,6 +264,14 @@ def _use_arch(arch: str) -> str:
     return f'it holds arch={arch!r}, use --cfg-options model.backbone.arch={arch}'
 
 
+def other_arch(model: nn.Module, checkpoint: str) -> str | None:
+    """What to set where a checkpoint holds another arch than a model's backbone."""
+    if not hasattr(getattr(model, 'backbone', None), 'arch_zoo'):
+        return None
+    inside, _ = split_backbone(read_weights(checkpoint), checkpoint)
+    return next(iter(_hints(model.backbone, inside, [])), None)
+
+
 def _hints(model: nn.Module, state: dict[str, Tensor], unexpected: list[str]) -> list[str]:
     arch, exact = nearest_arch(type(model), state)
     if exact and model.arch_zoo[arch] != model.arch_settings:

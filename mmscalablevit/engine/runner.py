@@ -27,6 +27,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ..checkpoint.reading import check_values, find_weights, misfit
+from ..checkpoint.released import other_arch
 from ..checkpoint.weights import use_safe_loader
 from ..checks.config import check_data, class_faults, config_faults, hook_faults, reordered
 from ..checks.pipeline import data_sets
@@ -177,7 +178,9 @@ class SafeRunner(Runner):
             raise
         # A foreign file can hold anything.
         except Exception as error:
-            raise misfit(filename, self.cfg.filename, error) from error
+            model = self.model.module if is_model_wrapper(self.model) else self.model
+            held = other_arch(model, filename)
+            raise misfit(filename, self.cfg.filename, held or error) from error
 
     def resume(self, filename: str, *args, **kwargs) -> None:
         """Resume a training, see mmengine's ``Runner``.
