@@ -368,6 +368,7 @@ def _check_device(name: str) -> None:
 def parse_args() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
+        formatter_class=cli.HelpFormatter,
         description='Predict on images or a video with a trained detector, segmentor or '
         'classifier. Writes pictures (or a video) to DIR/vis, and beside them predictions.json '
         '(detections in COCO format, or classes) or the folder label_maps (segmentation).',

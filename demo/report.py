@@ -313,6 +313,7 @@ def write_report(
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
+        formatter_class=cli.HelpFormatter,
         description='Report on the two trainings of the demo: curves, predictions beside the '
         'truth, and one table of the last evaluations.',
         epilog='example: python demo/report.py --det-dir work_dirs/demo/detection '

@@ -8,6 +8,7 @@ import os
 import os.path as osp
 import signal
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
@@ -36,6 +37,18 @@ _PATH_ERRORS = (
     NotADirectoryError,
     PermissionError,
 )
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Breaks help texts at spaces alone, to keep paths whole, and examples by backslashes."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        end = ' \\\n    ' if text.startswith('example:') else '\n'
+        return end.join(self._split_lines(text, width - 4))
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        text = ' '.join(text.split())
+        return textwrap.wrap(text, width, break_on_hyphens=False, break_long_words=False)
 
 
 def run(main: Callable[[], None]) -> None:

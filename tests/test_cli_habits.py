@@ -2,6 +2,7 @@
 """What all command lines have in common: help with an example, and one sentence for an error."""
 
 import os
+import re
 import shlex
 import subprocess
 
@@ -158,6 +159,10 @@ def test_help_has_an_example(tool, outcomes):
 
     assert code == 0, said[-2000:]
     assert f'example: python {tool} ' in ' '.join(said.split()) + ' '
+    options, example = said.split('\noptions:\n')[1].rsplit('example: ', 1)
+    for option in re.split(r'\n  (?=-)', options)[1:]:
+        assert re.search(r'\s{2,}\S', option), f'no help for {option}'
+    assert all(line.endswith(' \\') for line in example.strip().split('\n')[:-1]), example
 
 
 @pytest.mark.parametrize('tool', PYTHON)

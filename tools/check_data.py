@@ -87,6 +87,7 @@ def set_root(cfg: Config, root: str) -> None:
 def parse_args() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
+        formatter_class=cli.HelpFormatter,
         description='Say exactly what is missing or wrong in the data. Exit code 0: nothing.',
         epilog='example: python tools/check_data.py coco --root data/coco',
     )

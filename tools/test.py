@@ -23,6 +23,7 @@ WORLD_SIZES = {
 def parse_args() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
+        formatter_class=cli.HelpFormatter,
         description='Evaluate a checkpoint on the test set of its config.',
         epilog='example: python tools/test.py '
         'configs/detection/mask-rcnn_scalablevit-s_fpn_1x_coco.py '

@@ -20,6 +20,7 @@ TRACKERS = {
 def parse_args() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
+        formatter_class=cli.HelpFormatter,
         description='Train a detector, segmentor or classifier.',
         epilog='example: python tools/train.py '
         'configs/detection/mask-rcnn_scalablevit-s_fpn_1x_coco.py --amp',

@@ -336,6 +336,7 @@ def parse_args() -> argparse.Namespace:
     """Parse the command line."""
     groups = '; '.join(f'{name}: {text}' for name, text in GROUPS.items())
     parser = argparse.ArgumentParser(
+        formatter_class=cli.HelpFormatter,
         description='Train and evaluate a chosen set of experiments: skip what is finished, resume '
         'what was interrupted, start the rest, and compare the results with the published ones.',
         epilog="example: python tools/train_all.py 'mask-rcnn_*_1x_coco' "

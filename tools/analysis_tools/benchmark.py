@@ -153,9 +153,19 @@ def parse_args() -> argparse.Namespace:
     default = ['small', 'plain', 'swin-t', 'twins-svt-s', 'pvtv2-b2', 'resnet-50']
     parser.add_argument('--models', nargs='+', default=default, metavar='MODEL', help=MODELS_HELP)
     parser.add_argument(
-        '--modes', nargs='+', choices=['inference', 'train'], default=['inference', 'train']
+        '--modes',
+        nargs='+',
+        choices=['inference', 'train'],
+        default=['inference', 'train'],
+        help='forward pass, or training step with backward pass and optimizer; default: both',
     )
-    parser.add_argument('--dtypes', nargs='+', choices=list(DTYPES), default=['float32'])
+    parser.add_argument(
+        '--dtypes',
+        nargs='+',
+        choices=list(DTYPES),
+        default=['float32'],
+        help='other types than float32, the default, are autocast',
+    )
     parser.add_argument(
         '--sizes',
         nargs='+',
@@ -164,8 +174,10 @@ def parse_args() -> argparse.Namespace:
         default=[(32, 224, 224), (2, 512, 512), (1, 800, 1280), (2, 800, 1344)],
         help='batch, height and width of the images; default: %(default)s',
     )
-    parser.add_argument('--rounds', type=int, default=5, help='measured passes of each model')
-    parser.add_argument('--device', choices=['cpu', 'cuda'], default='cpu')
+    parser.add_argument(
+        '--rounds', type=int, default=5, help='measured passes of each model, default 5'
+    )
+    parser.add_argument('--device', choices=['cpu', 'cuda'], default='cpu', help='default: cpu')
     parser.add_argument('--no-memory', action='store_true', help='do not measure memory')
     parser.add_argument('--out', type=Path, help='folder for benchmark.json and benchmark.md')
     parser.add_argument('--measure-memory', help=argparse.SUPPRESS)

@@ -407,6 +407,7 @@ def write(rows: list[Row], runs: list[Run], markdown: str, folder: Path) -> None
 def parse_args() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
+        formatter_class=cli.HelpFormatter,
         description='Compare trainings, finished or running, with the published results.',
         epilog='example: python tools/analysis_tools/compare_runs.py '
         'work_dirs/mask-rcnn_scalablevit-s_fpn_1x_coco '

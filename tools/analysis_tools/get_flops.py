@@ -151,6 +151,7 @@ LEGEND = (
 def parse_args() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
+        formatter_class=cli.HelpFormatter,
         description='Print a Markdown table of the published and the computed parameters and FLOPs '
         'of every published model, beside Swin-T and Twins-SVT-S. Needs mmpretrain, mmdet and '
         'mmseg, no weights.',

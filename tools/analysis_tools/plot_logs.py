@@ -78,6 +78,7 @@ def draw(runs: list[work_dirs.Run], path: Path) -> None:
 def parse_args() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
+        formatter_class=cli.HelpFormatter,
         description='Plot loss, learning rate and validation metrics '
         f'({", ".join(work_dirs.METRICS)}) of trainings, finished or running, into one figure. '
         'A resumed training is one curve.',

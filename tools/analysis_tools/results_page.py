@@ -174,6 +174,7 @@ def fill(page: str, logs: list[dict]) -> str:
 def parse_args() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
+        formatter_class=cli.HelpFormatter,
         description='Write docs/results.md and its compact logs from work directories.',
         epilog='example: python tools/analysis_tools/results_page.py work_dirs/*_bccd-320x240',
     )

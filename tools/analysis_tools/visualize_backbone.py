@@ -42,6 +42,7 @@ class Panel:
 def parse_args() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
+        formatter_class=cli.HelpFormatter,
         description='Draw what a backbone computes for an image: feature maps, where SSA looks '
         'from a point, the windows of IWSA and the share of LIM, effective receptive fields.',
         epilog='example: python tools/analysis_tools/visualize_backbone.py demo.jpg '
@@ -66,7 +67,13 @@ def parse_args() -> argparse.Namespace:
         ('--dpi', 100, 'dots an inch of the pictures'),
     ):
         parser.add_argument(name, type=positive, default=default, help=f'{meaning}, {default}')
-    parser.add_argument('--cfg-options', nargs='+', action=cli.DictAction, metavar='KEY=VALUE')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=cli.DictAction,
+        metavar='KEY=VALUE',
+        help='override settings of the config',
+    )
     return parser.parse_args()
 
 

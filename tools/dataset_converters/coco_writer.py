@@ -25,6 +25,7 @@ from pycocotools import mask as coco_mask
 from rich.console import Console
 from rich.progress import track
 
+from mmscalablevit import cli
 from mmscalablevit.checks.findings import Findings
 from mmscalablevit.errors import UserError
 
@@ -54,6 +55,7 @@ def make_parser(description: str, example: str, data: str) -> argparse.ArgumentP
     """A parser with the arguments of every converter."""
     name = Path(sys.argv[0]).name
     parser = argparse.ArgumentParser(
+        formatter_class=cli.HelpFormatter,
         description=description,
         epilog=f'example: python tools/dataset_converters/{name} {example}',
     )

@@ -145,6 +145,7 @@ def unpack(path: Path, folder: Path) -> None:
 def parse_args() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
+        formatter_class=cli.HelpFormatter,
         description='Download COCO or ADE20K; the same command continues after an interruption.',
         epilog='example: python tools/dataset_converters/download_data.py coco --dir data/coco',
     )

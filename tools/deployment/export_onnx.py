@@ -101,6 +101,7 @@ class Classifier(Wrapper):
 def parse_args() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
+        formatter_class=cli.HelpFormatter,
         description='Export a model, or its backbone alone, to ONNX or torch.export with open '
         'batch, height and width, and check the file against PyTorch at sizes it has not seen. '
         'Inputs are normalized float32 images; mean and std are in the file. Needs the extra onnx.',
@@ -111,10 +112,20 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('config', help='config of the model')
     parser.add_argument('--checkpoint', help='weights of the whole model; else its initial ones')
     parser.add_argument('--out', required=True, help='file to write, .onnx or .pt2')
-    parser.add_argument('--part', choices=['model', 'backbone'], default='model')
-    parser.add_argument('--format', choices=list(SUFFIXES), default='onnx')
     parser.add_argument(
-        '--opset', type=int, default=MIN_OPSET, help=f'of ONNX, default {MIN_OPSET}, the tested one'
+        '--part',
+        choices=['model', 'backbone'],
+        default='model',
+        help='the whole model, the default, or its backbone alone, of any detector',
+    )
+    parser.add_argument(
+        '--format', choices=list(SUFFIXES), default='onnx', help='of the file, default onnx'
+    )
+    parser.add_argument(
+        '--opset',
+        type=int,
+        default=MIN_OPSET,
+        help=f'version of ONNX, default {MIN_OPSET}, the tested one',
     )
     parser.add_argument(
         '--check-sizes',
@@ -124,7 +135,13 @@ def parse_args() -> argparse.Namespace:
         help='batch, height and width to check and time at; default: %(default)s',
     )
     parser.add_argument('--repeat', type=int, default=5, help='timed runs of each, default 5')
-    parser.add_argument('--cfg-options', nargs='+', action=cli.DictAction, metavar='KEY=VALUE')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=cli.DictAction,
+        metavar='KEY=VALUE',
+        help='override settings of the config',
+    )
     return parser.parse_args()
 
 

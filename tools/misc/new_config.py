@@ -271,6 +271,7 @@ def write_config(args: argparse.Namespace) -> str:
 def parse_args() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
+        formatter_class=cli.HelpFormatter,
         description='Look at a data set and write a short config that fits it.',
         epilog='example: python tools/misc/new_config.py data/cells --task instance --out my.py',
     )

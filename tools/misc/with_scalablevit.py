@@ -31,6 +31,7 @@ IMAGE_SIZE = 256
 def parse_args() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
+        formatter_class=cli.HelpFormatter,
         description='Write a config that inherits from any config of mmdet, mmseg or mmpretrain, '
         'with ScalableViT as its backbone; then build it and take one loss and one prediction.',
         epilog='example: python tools/misc/with_scalablevit.py '

@@ -13,6 +13,7 @@ from mmscalablevit.checkpoint.weights import RELEASED, fetch_released
 def parse_args() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
+        formatter_class=cli.HelpFormatter,
         description="Download the authors' ImageNet-1K weights into torch hub's cache, where "
         'scalablevit://SIZE finds them.',
         epilog='example: python tools/model_converters/get_weights.py small',

@@ -20,6 +20,7 @@ from mmscalablevit.checkpoint.released import (
 def parse_args() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
+        formatter_class=cli.HelpFormatter,
         description='Convert a backbone, or the backbone of a detector, segmentor or classifier, '
         "to the authors' naming. Of a classifier the head is converted, too.",
         epilog='example: python tools/model_converters/mm_to_scalablevit.py '

@@ -15,6 +15,7 @@ from mmscalablevit.errors import CheckpointError, shorten
 def parse_args() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
+        formatter_class=cli.HelpFormatter,
         description='Strip a training checkpoint of optimizer and training state, and put the '
         'first eight digits of the SHA-256 of the result into its name.',
         epilog='example: python tools/model_converters/publish_model.py '

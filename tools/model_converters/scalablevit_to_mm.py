@@ -19,6 +19,7 @@ from mmscalablevit.checkpoint.released import (
 def parse_args() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
+        formatter_class=cli.HelpFormatter,
         description="Convert a checkpoint of the authors' code, in the naming of their "
         'classification or of their detection code, to one of the OpenMMLab toolboxes.',
         epilog='example: python tools/model_converters/scalablevit_to_mm.py checkpoint_best.pth '
