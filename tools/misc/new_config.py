@@ -246,7 +246,7 @@ def write_config(args: argparse.Namespace) -> str:
         batch = int(np.clip(2 * 1333 * 800 / (scale[0] * scale[1]), 2, 8))
         values.update(scale=scale, batch=batch)
         seen = max(24_000, 12 * found['count'])
-    # An hour at most for the small network on a CPU.
+    # With --amp 20 to 60 minutes of one core.
     seen = 6000 if demo else seen * (1 + args.from_scratch)
     epochs = args.epochs or min(max(seen // found['count'], 12), 300)
     iters = max(2, epochs * found['count'] // values['batch'])
