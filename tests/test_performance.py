@@ -118,9 +118,28 @@ def test_no_call_of_fused_attention_takes_more_windows_than_cuda_can(monkeypatch
         torch.testing.assert_close(split, whole, atol=1e-4, rtol=1e-4)
 
 
+class OnlyMeta(TorchDispatchMode):
+    """Fails on values that are read and on tensors of another device, constants included."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        assert '_local_scalar_dense' not in str(func)
+        assert all(x.is_meta for x in tree_leaves((args, out)) if isinstance(x, torch.Tensor)), func
+        return out
+
+
+@pytest.mark.parametrize('size', SIZES, ids=str)
+def test_no_operator_leaves_the_device(size):
+    rates = dict(drop_rate=0.1, attn_drop_rate=0.1, drop_path_rate=0.1)
+    with torch.device('meta'):
+        net, images = ScalableViT(dict(TINY), **rates).train(), torch.empty(2, 3, *size)
+    with OnlyMeta():
+        sum(out.sum() for out in net(images)).backward()
+
+
 ATTENTIONS = {
-    # Zeros around the map, the windows, their values and outputs as maps, and the crop.
-    'windows that fit': (IWSA(64, 2), (1, 56, 56, 64), 5),
+    # The windows, their values and outputs as maps; then also zeros around the map, and the crop.
+    'windows that fit': (IWSA(64, 2), (1, 56, 56, 64), 3),
     'windows that do not fit': (IWSA(64, 2), (1, 57, 55, 64), 5),
     # The reduced map, too small for oneDNN.
     'merged values': (SSA(64, 2, 1.25, 8, 'merged'), (1, 56, 56, 64), 1),

@@ -158,15 +158,14 @@ class InteractiveWindowSelfAttention(nn.Module):
         out = fused_attention(query, key, value, self.num_heads, self.scale, dropout)  # (1)
         out = merge_windows(out, shape, size) + lim  # (3)
         out = self.proj_drop(self.proj(out))
-        # A crop that copies: compilers tell views of sizes that windows divide from others.
-        return F.pad(out, (0, 0, 0, shape[2] - out.shape[2], 0, shape[1] - out.shape[1]))
+        return pad_or_crop(out, shape[1], shape[2])
 
 
 def partition_windows(x: Tensor, size: int) -> Tensor:
     """Split a map (B, H, W, C), padded with zeros, into windows (B * n, size * size, C)."""
     batch, height, width, channels = x.shape
     rows, columns = (height + size - 1) // size, (width + size - 1) // size
-    x = F.pad(x, (0, 0, 0, columns * size - width, 0, rows * size - height))
+    x = pad_or_crop(x, rows * size, columns * size)
     x = x.view(batch, rows, size, columns, size, channels).transpose(2, 3)
     # Not reshape(), which compilers guard against the sizes at which it would not copy.
     x = x.clone(memory_format=torch.contiguous_format)
@@ -180,6 +179,15 @@ def merge_windows(windows: Tensor, shape: torch.Size, size: int) -> Tensor:
     x = windows.view(batch, rows, columns, size, size, channels).transpose(2, 3)
     x = x.clone(memory_format=torch.contiguous_format)
     return x.view(batch, rows * size, columns * size, channels)
+
+
+@torch.fx.wrap
+def pad_or_crop(x: Tensor, height: int, width: int) -> Tensor:
+    """Pad a map (B, H, W, C) with zeros or crop it, on the right and bottom, to a size."""
+    # Compilers copy and do not compare: they would tell sizes that windows divide from others.
+    if not torch.compiler.is_compiling() and x.shape[1:3] == (height, width):
+        return x
+    return F.pad(x, (0, 0, 0, width - x.shape[2], 0, height - x.shape[1]))
 
 
 @torch.fx.wrap
