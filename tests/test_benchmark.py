@@ -1,7 +1,7 @@
 # Copyright (c) mmscalablevit contributors. All rights reserved.
 """The benchmark of time and memory, on images that take no time."""
 
-import importlib.util
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -10,11 +10,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-TOOL = ROOT / 'tools' / 'analysis_tools' / 'benchmark.py'
-spec = importlib.util.spec_from_file_location('benchmark', TOOL)
-benchmark = importlib.util.module_from_spec(spec)
-sys.modules['benchmark'] = benchmark
-spec.loader.exec_module(benchmark)
+sys.path.insert(0, str(ROOT / 'tools' / 'analysis_tools'))
+benchmark = importlib.import_module('benchmark')
 CASE = benchmark.Case('inference', 'float32', 224, 224, 1)
 
 
@@ -41,7 +38,7 @@ def test_measures_and_writes(tmp_path, monkeypatch, capsys):
     assert 'inference float32 2x96x64' in (tmp_path / 'out' / 'benchmark.md').read_text()
 
 
-@pytest.mark.parametrize('name', ['small:cp', 'plain', 'swin-t', 'twins-svt-s'])
+@pytest.mark.parametrize('name', ['small:cp', 'plain', 'swin-t:fused', 'twins-svt-s', 'convnext-t'])
 def test_a_training_step_updates_the_weights(name):
     case = benchmark.Case('train', 'bfloat16', 64, 64, 1)
     step = benchmark.prepare(name, case, 'cpu')
@@ -81,9 +78,24 @@ def test_table_compares_with_the_first_model_and_the_matrix_product():
     ]
     small, plain, matmul = benchmark.rows(results)
 
-    assert plain[:5] == ['plain', '3.000', '2.50 (2.00 to 3.00)', '1000', '2.00']
-    assert small[5:7] == ['80', '80%']
-    assert matmul[5:7] == ['100', '100%']
+    assert plain[:6] == ['plain', '3.000', '0.3333', '2.50 (2.00 to 3.00)', '1000', '2.00']
+    assert small[6:8] == ['80', '80%']
+    assert matmul[6:8] == ['100', '100%']
+
+
+def test_fused_windows_of_swin_compute_the_same():
+    outs = []
+    for name in ('swin-t', 'swin-t:fused'):
+        model = benchmark.build(name)
+        model.eval()
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            # Windows that are shifted, of two images.
+            outs.append(model(torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(1))))
+
+    for fused, out in zip(*outs, strict=True):
+        torch.testing.assert_close(fused, out, atol=1e-4, rtol=1e-3)
 
 
 def test_share_of_the_backbone_in_a_whole_model():

@@ -41,6 +41,10 @@ MISTAKES = {
     'tools/analysis_tools/get_flops.py': [('--xml', '--xml')],
     'tools/analysis_tools/plot_logs.py': [('nowhere --out curves.png', 'nowhere')],
     'tools/analysis_tools/results_page.py': [('nowhere', 'nowhere')],
+    'tools/analysis_tools/roofline.py': [
+        ('--models nowhere', 'nowhere'),
+        ('--gpus nowhere', 'nowhere'),
+    ],
     'tools/analysis_tools/visualize_backbone.py': [
         ('nowhere.jpg --out-dir out', 'nowhere.jpg'),
         ('shapes/photo.jpg --config nowhere.py --out-dir out', 'nowhere.py'),
@@ -113,6 +117,7 @@ SHELL_MISTAKES = {
         (f'{DETECTOR} broken.pth many', 1),
     ],
     'tools/dist_train.sh': [('', 2), ('nowhere.py 1', 1), (f'{DETECTOR} many', 1)],
+    'tools/misc/gpu_kit.sh': [('', 2), ('measure', 2), ('fly away', 2), ('setup nowhere', 1)],
     'tools/misc/setup_env.sh': [('', 2)],
     'tools/misc/setup_openmmlab.sh': [('', 2)],
     'tools/misc/test_versions.sh': [('', 2)],

@@ -6,7 +6,7 @@ machine down meets all of them. Reported are medians, and medians of the ratios 
 """
 
 import argparse
-import importlib.util
+import gc
 import json
 import platform
 import re
@@ -15,37 +15,26 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
 
 import torch
-from mmengine.config import Config
+from benchmark_models import MODELS_HELP, OURS, Plain, build
 from mmengine.logging import MMLogger
-from mmengine.registry import MODELS, init_default_scope
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmscalablevit import ScalableViT, __version__, cli
+from mmscalablevit import __version__, cli
 
-ROOT = Path(__file__).parents[2]
-OURS = ('small', 'base', 'large', 'small-merged')
-PEERS = {
-    'pvtv2-b2': dict(
-        type='mmdet.PyramidVisionTransformerV2', embed_dims=64, num_layers=[3, 4, 6, 3]
-    ),
-    'resnet-50': dict(type='mmdet.ResNet', depth=50),
-}
-# The class of mmdet or mmseg, from the configs of the comparison.
-BASES = {'swin-t': 'mmdet', 'twins-svt-s': 'mmseg'}
-MODELS_HELP = (
-    f'of {", ".join([*OURS, "plain", *BASES, *PEERS])}, or configs (*.py) of whole detectors and '
-    'segmentors; with :compiled for torch.compile, :cp for gradient checkpointing'
-)
 DTYPES = dict(float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16)
-MATMUL_SIZE = 2048
+MATMUL_SIZE = {'cpu': 2048, 'cuda': 8192}
 MATMUL = 'matrix product'
+ATTENTIONS = ('flash', 'efficient', 'cudnn')
+# Of each round. A GPU's clock and a compiler need some passes before, and one pass is too short.
+CALLS = {'cpu': 1, 'cuda': 10}
 
 
 @dataclass(frozen=True)
@@ -81,65 +70,6 @@ class Result:
     def median(self) -> float:
         """Median of the rounds in seconds."""
         return statistics.median(self.seconds)
-
-
-class Plain(ScalableViT):
-    """The plain transcription of the formulas, with the weights of the backbone of an arch."""
-
-    def __init__(self, arch: str) -> None:
-        super().__init__(arch)
-        path = ROOT / 'tests' / 'plain.py'
-        if not path.exists():
-            raise cli.UserError(f"the model 'plain' is {path}, which only a clone has")
-        spec = importlib.util.spec_from_file_location('plain', path)
-        self.plain = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(self.plain)
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        """Compute the four maps."""
-        parameters = dict(self.named_parameters())
-        return self.plain.plain_forward(parameters, self.arch_settings, images)
-
-
-class Whole(nn.Module):
-    """A detector or segmentor of a config, on made-up images and annotations."""
-
-    def __init__(self, path: str) -> None:
-        super().__init__()
-        cfg = Config.fromfile(path)
-        init_default_scope(cfg.default_scope)
-        self.model = MODELS.build(cfg.model)
-        self.is_detector = cfg.default_scope == 'mmdet'
-        self.init_weights = self.model.init_weights
-
-    def inputs(self, images: Tensor) -> dict:
-        """Images with as many made-up annotations as usual."""
-        batch, _, height, width = images.shape
-        # What the data preprocessor would add.
-        shapes = dict.fromkeys(('img_shape', 'ori_shape', 'pad_shape'), (height, width))
-        if self.is_detector:
-            from mmdet.testing import demo_mm_inputs
-
-            sizes = dict(image_shapes=(3, height, width), num_items=[8] * batch)
-            samples = demo_mm_inputs(batch, **sizes, with_mask=True, device='cpu')['data_samples']
-            shapes = dict(shapes, batch_input_shape=(height, width))
-        else:
-            from mmengine.structures import PixelData
-            from mmseg.structures import SegDataSample
-
-            labels = PixelData(data=torch.zeros(1, height, width, dtype=torch.long))
-            samples = [SegDataSample(gt_sem_seg=labels) for _ in range(batch)]
-        samples = [sample.to(images.device) for sample in samples]
-        for sample in samples:
-            sample.set_metainfo(shapes)
-        return dict(inputs=images, data_samples=samples)
-
-    def forward(self, images: Tensor) -> object:
-        """Predict, or compute the losses while training."""
-        data = self.inputs(images)
-        if not self.training:
-            return self.model(**data, mode='predict')
-        return self.model.parse_losses(self.model(**data, mode='loss'))[0]
 
 
 def parse_args() -> argparse.Namespace:
@@ -192,43 +122,6 @@ def size(text: str) -> tuple[int, int, int]:
     return batch, height, width
 
 
-def build(name: str) -> nn.Module:
-    """Build a model by its name, without compilation."""
-    base = name.split(':')[0]
-    with_cp = ':cp' in name
-    torch.manual_seed(0)
-    if base.endswith('.py'):
-        if not Path(base).exists():
-            raise cli.UserError(f'config {base} does not exist')
-        model = Whole(base)
-    elif base == 'plain':
-        model = Plain('small')
-    elif base in OURS:
-        model = ScalableViT(base, with_cp=with_cp)
-    else:
-        model = build_peer(base, with_cp)
-    model.init_weights()
-    return model
-
-
-def build_peer(name: str, with_cp: bool) -> nn.Module:
-    """Build another project's backbone by its name."""
-    if name in BASES:
-        cfg = Config.fromfile(ROOT / 'configs' / '_base_' / 'backbones' / f'{name}.py').backbone
-        scope = BASES[name]
-        cfg.drop_path_rate = 0.0
-    elif name in PEERS:
-        cfg, scope = dict(PEERS[name]), 'mmdet'
-    else:
-        raise cli.UserError(f'there is no model {name!r}; --models are {MODELS_HELP}')
-    if with_cp:
-        cfg['with_cp'] = True
-    # Registers the toolbox's classes.
-    __import__(f'{scope}.models')
-    init_default_scope(scope)
-    return MODELS.build(cfg)
-
-
 def prepare(name: str, case: Case, device: str) -> Callable[[], None]:
     """Build a model and return what runs it once in a case."""
     model = build(name).to(device)
@@ -236,12 +129,15 @@ def prepare(name: str, case: Case, device: str) -> Callable[[], None]:
     images = torch.rand(case.batch, 3, case.height, case.width).to(device)
     run = torch.compile(model) if ':compiled' in name else model
     low_precision = case.dtype != 'float32'
+    found = [kind for kind in ATTENTIONS if kind in name.split(':')]
+    backends = [getattr(SDPBackend, f'{kind.upper()}_ATTENTION') for kind in found]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6) if case.mode == 'train' else None
 
     def once() -> None:
         with (
             torch.set_grad_enabled(optimizer is not None),
             torch.autocast(device, DTYPES[case.dtype], enabled=low_precision),
+            sdpa_kernel(backends) if backends else nullcontext(),
         ):
             outs = run(images)
         if optimizer is None:
@@ -257,15 +153,20 @@ def prepare(name: str, case: Case, device: str) -> Callable[[], None]:
 
 def measure(case: Case, args: argparse.Namespace) -> list[Result]:
     """Measure all models in one case, in turn, and a matrix product."""
-    names = args.models
-    results = {name: Result(name, case, gflops=count_gflops(name, case)) for name in names}
+    results = {name: Result(name, case, gflops=count_gflops(name, case)) for name in args.models}
     # Once for all: a reset would throw away what models before were compiled to.
     torch._dynamo.reset()
     runs = {}
-    for name in names:
-        runs[name] = prepare(name, case, args.device)
-        runs[name]()
-    results[MATMUL] = Result(MATMUL, case, gflops=2 * MATMUL_SIZE**3 / 1e9)
+    for name in args.models:
+        try:
+            runs[name] = prepare(name, case, args.device)
+            for _ in range(CALLS[args.device]):
+                runs[name]()
+        except torch.cuda.OutOfMemoryError:
+            print(f'{case}: {name} needs more memory than the GPU has')
+            del runs[name], results[name]
+    names = list(runs)
+    results[MATMUL] = Result(MATMUL, case, gflops=2 * MATMUL_SIZE[args.device] ** 3 / 1e9)
     runs[MATMUL] = matrix_product(case, args.device)
     runs[MATMUL]()
     for _ in range(args.rounds):
@@ -282,12 +183,13 @@ def measure(case: Case, args: argparse.Namespace) -> list[Result]:
 
 
 def seconds(run: Callable[[], None], device: str) -> float:
-    """Seconds of one call."""
+    """Seconds of one call, on a GPU the mean of some."""
     synchronize(device)
     start = time.perf_counter()
-    run()
+    for _ in range(CALLS[device]):
+        run()
     synchronize(device)
-    return time.perf_counter() - start
+    return (time.perf_counter() - start) / CALLS[device]
 
 
 def synchronize(device: str) -> None:
@@ -298,7 +200,8 @@ def synchronize(device: str) -> None:
 
 def matrix_product(case: Case, device: str) -> Callable[[], None]:
     """A large matrix product in the case's type: the rate that the machine can reach."""
-    a, b = torch.rand(2, MATMUL_SIZE, MATMUL_SIZE, device=device, dtype=DTYPES[case.dtype])
+    shape = 2, MATMUL_SIZE[device], MATMUL_SIZE[device]
+    a, b = torch.rand(shape, device=device, dtype=DTYPES[case.dtype])
     return lambda: torch.mm(a, b)
 
 
@@ -339,11 +242,13 @@ def backbone_share(run: Callable[[], None], device: str) -> float:
 def peak_memory(name: str, case: Case, device: str) -> float | None:
     """Peak memory in MB; on CPU (Linux) the resident one of a process with this model alone."""
     if device == 'cuda':
+        gc.collect()
+        others = torch.cuda.memory_allocated()
         run = prepare(name, case, device)
         run()
         torch.cuda.reset_peak_memory_stats()
         run()
-        return torch.cuda.max_memory_allocated() / 2**20
+        return (torch.cuda.max_memory_allocated() - others) / 2**20
     if platform.system() != 'Linux':
         return None
     request = json.dumps(dict(name=name, case=asdict(case)))
@@ -380,6 +285,7 @@ def rows(results: list[Result]) -> Iterator[list[str]]:
         yield [
             Path(result.model).name,
             f'{result.median:.3f}',
+            '' if is_matmul else f'{result.case.batch / result.median:.4g}',
             '' if is_matmul else f'{mid:.2f} ({low:.2f} to {high:.2f})',
             f'{result.memory:.0f}' if result.memory else '',
             f'{result.memory / reference.memory:.2f}' if result.memory else '',
@@ -389,7 +295,8 @@ def rows(results: list[Result]) -> Iterator[list[str]]:
         ]
 
 
-HEADER = ['Model', 'Seconds', 'Time ratio', 'Peak MB', 'Ratio', 'GFLOP/s', 'Of matmul', 'Backbone']
+HEADER = ['Model', 'Seconds', 'Images/s', 'Time ratio', 'Peak MB', 'Ratio', 'GFLOP/s', 'Of matmul']
+HEADER += ['Backbone']
 
 
 def markdown(cases: list[list[Result]]) -> str:
