@@ -1,4 +1,4 @@
-# make env | demo | test | test-openmmlab | test-long | lint | docs. An active virtual or conda
+# make env | demo | test | test-openmmlab | test-gpu | test-long | lint | docs. An active virtual or conda
 # environment is used, else .venv is made.
 CONDA_ENV := $(if $(filter-out base,$(CONDA_DEFAULT_ENV)),$(CONDA_PREFIX))
 ENV ?= $(or $(VIRTUAL_ENV),$(CONDA_ENV),.venv)
@@ -10,7 +10,7 @@ DEMO_DIR ?= work_dirs/demo
 OPENMMLAB_ENV ?= .venv-openmmlab
 OPENMMLAB_STAMP := $(OPENMMLAB_ENV)/.mmscalablevit-installed
 
-.PHONY: env demo repeat test test-openmmlab operator-free-tests test-long results-weights lint docs
+.PHONY: env demo repeat test test-openmmlab test-gpu operator-free-tests test-long results-weights lint docs
 
 env:
 	@tools/misc/setup_env.sh "$(ENV)" $(TORCH)
@@ -43,6 +43,10 @@ $(OPENMMLAB_STAMP): setup.py tools/misc/environment.sh tools/misc/setup_openmmla
 
 operator-free-tests:
 	@echo $(OPERATOR_FREE_TESTS)
+
+# The backbone on CUDA; skipped with the reason where there is none.
+test-gpu: $(STAMP)
+	$(PYTHON) -m pytest tests/test_gpu.py $(PYTEST_ARGS)
 
 # What takes minutes each and prints the figures of docs/reliability.md.
 test-long: $(STAMP)
