@@ -33,6 +33,10 @@ MISTAKES = {
         (f'shapes {DETECTOR} nowhere.pth --out-dir out', 'nowhere.pth'),
         (f'shapes {DETECTOR} broken.pth --out-dir out', 'broken.pth'),
     ],
+    'demo/onnx_demo.py': [
+        ('nowhere.jpg nowhere.onnx --out out.jpg', 'nowhere.jpg'),
+        ('shapes/photo.jpg nowhere.onnx --out out.jpg', 'nowhere.onnx'),
+    ],
     'tools/analysis_tools/benchmark.py': [('--models nowhere', 'nowhere')],
     'tools/analysis_tools/compare_runs.py': [('nowhere', 'nowhere')],
     'demo/report.py': [

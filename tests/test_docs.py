@@ -109,7 +109,16 @@ def test_commands_are_accepted(page, number, block, monkeypatch, capsys):
             assert rest[0] == '-c'
             ast.parse(rest[1])
         else:
-            assert program in ('pip', 'source', 'tensorboard', 'ln', 'cd', 'git', 'docker'), program
+            assert program in (
+                'pip',
+                'source',
+                'tensorboard',
+                'ln',
+                'cd',
+                'git',
+                'docker',
+                'trtexec',
+            ), program
 
 
 def check_tool(command, monkeypatch, capsys):

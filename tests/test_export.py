@@ -28,7 +28,10 @@ ARCH = dict(
 
 @pytest.fixture(scope='module')
 def tool():
-    return load_tool('tools/deployment/export_onnx.py')
+    with pytest.MonkeyPatch.context() as patch:
+        # Where Python looks for what a script imports.
+        patch.syspath_prepend(ROOT / 'tools' / 'deployment')
+        yield load_tool('tools/deployment/export_onnx.py')
 
 
 def call(tool, monkeypatch, *words):
@@ -92,7 +95,7 @@ def test_onnx_of_a_segmentor_with_its_checkpoint(tool, tmp_path, monkeypatch, ca
 def test_a_detector_puts_out_the_maps_of_its_head(tool):
     pytest.importorskip('mmdet')
     cfg = tool.Config.fromfile(DATA / 'tiny_retinanet.py')
-    wrapped = tool.wrap(tool.build_model(cfg, None))
+    wrapped = tool.wrap(tool.build_model(cfg, None), 'maps', 'torch-export')
     outs = tool.trace(wrapped).module()(torch.randn(1, 3, 64, 90))
     assert wrapped.output_names == [f'{k}{i}' for k in ('scores', 'boxes') for i in range(5)]
     # 9 anchors at each place of strides 8 to 128, 4 classes or coordinates.
@@ -100,10 +103,27 @@ def test_a_detector_puts_out_the_maps_of_its_head(tool):
     assert [tuple(x.shape) for x in outs] == [(1, 36, *size) for size in sizes] * 2
 
 
-def test_what_cannot_be_exported_says_why(tool, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ('config', 'words', 'said'),
+    [
+        ('detection/dino-4scale_scalablevit-s_8xb2-12e_coco', [], 'DINO .*MultiScaleDeformable'),
+        (
+            'demo/mask-rcnn_scalablevit-demo_fpn_shapes',
+            [],
+            'soft_nms.* cannot be exported: ONNX knows NMS of the type nms',
+        ),
+        (
+            'detection/retinanet_scalablevit-s_fpn_1x_coco',
+            ['--check-sizes', '2x64x64'],
+            'one image',
+        ),
+    ],
+)
+def test_what_cannot_be_exported_says_why(tool, tmp_path, monkeypatch, config, words, said):
     pytest.importorskip('mmdet')
-    with pytest.raises(SystemExit, match=r'MaskRCNN cannot be exported: it needs RoIAlign of mmcv'):
-        call(tool, monkeypatch, DATA / 'tiny_mask-rcnn.py', '--out', tmp_path / 'x.onnx')
+    out = ['--out', tmp_path / 'x.onnx']
+    with pytest.raises(SystemExit, match=said):
+        call(tool, monkeypatch, ROOT / 'configs' / f'{config}.py', *out, *words)
 
 
 @pytest.mark.parametrize(
@@ -113,6 +133,8 @@ def test_what_cannot_be_exported_says_why(tool, tmp_path, monkeypatch):
         (['--out', 'x.onnx', '--opset', '11'], 'at least 18'),
         (['--out', 'x.onnx', '--check-sizes', '64x64'], 'BxHxW'),
         (['--out', 'x.onnx', '--check-sizes', '1x63x64'], '64 to 8192'),
+        (['--out', 'x.pt2', '--format', 'torch-export'], 'boxes are for --format onnx'),
+        (['--out', 'x.onnx', '--static', '64'], '--static must be BxHxW'),
     ],
 )
 def test_wrong_arguments(tool, monkeypatch, words, said):

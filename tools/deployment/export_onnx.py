@@ -1,9 +1,10 @@
 # Copyright (c) mmscalablevit contributors. All rights reserved.
-"""Export a model to ONNX or ``torch.export``, with batch, height and width left open.
+"""Export a model to ONNX or ``torch.export``, with height and width left open.
 
-Both formats start from one program of ``torch.export``. Adaptive pooling is traced in another form
-of the same result, since ONNX cannot take its bins from an open size. The written file is loaded
-again and compared with PyTorch, which runs the usual form.
+Detectors become ONNX whole, with NMS, for one image; other models serve any batch. Both formats
+start from one program of ``torch.export``. Adaptive pooling is traced in another form of the same
+result, since ONNX cannot take its bins from an open size. The written file is loaded again and
+compared with PyTorch, which runs the usual form.
 """
 
 import argparse
@@ -22,7 +23,7 @@ import torch
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.model import revert_sync_batchnorm
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import DATASETS, MODELS, init_default_scope
 from torch import Tensor, nn
 
 from mmscalablevit import cli
@@ -32,6 +33,7 @@ from mmscalablevit.errors import UserError, config_errors
 # Maps of one row or column may be traced as a case of their own; from 64 pixels on there are none.
 MIN_SIZE, MAX_SIZE = 64, 8192
 EXAMPLE_SHAPE = (3, 3, 97, 131)
+CHECK_SIZES = ['1x224x224', '2x185x331', '1x512x512']
 MIN_OPSET = 18
 TOLERANCE = 1e-4
 MIN_EQUAL_LABELS = 0.999
@@ -42,6 +44,8 @@ class Wrapper(nn.Module):
     """A model whose inputs and outputs are plain tensors."""
 
     output_names: list[str]
+    one_image = False
+    translations = None
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -74,7 +78,7 @@ class Segmentor(Wrapper):
         return logits, logits.argmax(1)
 
 
-class Detector(Wrapper):
+class DetectorMaps(Wrapper):
     """A single-stage detector up to its head's maps, before decoding and NMS."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -103,7 +107,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         formatter_class=cli.HelpFormatter,
         description='Export a model, or its backbone alone, to ONNX or torch.export with open '
-        'batch, height and width, and check the file against PyTorch at sizes it has not seen. '
+        'height and width, and check the file against PyTorch at sizes it has not seen. '
         'Inputs are normalized float32 images; mean and std are in the file. Needs the extra onnx.',
         epilog='example: python tools/deployment/export_onnx.py '
         'configs/segmentation/scalablevit-s_upernet_8xb2-160k_ade20k-512x512.py '
@@ -114,25 +118,24 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--out', required=True, help='file to write, .onnx or .pt2')
     parser.add_argument(
         '--part',
-        choices=['model', 'backbone'],
+        choices=['model', 'backbone', 'maps'],
         default='model',
-        help='the whole model, the default, or its backbone alone, of any detector',
+        help='the whole model, the default, its backbone, or maps of one stage before boxes',
     )
     parser.add_argument(
         '--format', choices=list(SUFFIXES), default='onnx', help='of the file, default onnx'
     )
     parser.add_argument(
-        '--opset',
-        type=int,
-        default=MIN_OPSET,
-        help=f'version of ONNX, default {MIN_OPSET}, the tested one',
+        '--opset', type=int, default=MIN_OPSET, help=f'of ONNX, default {MIN_OPSET}, the tested one'
+    )
+    parser.add_argument(
+        '--static', metavar='BxHxW', help='the one batch, height and width to serve; default: any'
     )
     parser.add_argument(
         '--check-sizes',
         nargs='+',
-        default=['1x224x224', '2x185x331', '1x512x512'],
         metavar='BxHxW',
-        help='batch, height and width to check and time at; default: %(default)s',
+        help=f'to check and time at; default: {" ".join(CHECK_SIZES)}, or that of --static',
     )
     parser.add_argument('--repeat', type=int, default=5, help='timed runs of each, default 5')
     parser.add_argument(
@@ -148,22 +151,29 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Export, check, print the comparison."""
     args = parse_args()
-    sizes = [parse_size(text) for text in args.check_sizes]
+    static = parse_size(args.static, '--static') if args.static else None
+    sizes = args.check_sizes or ([args.static] if static else CHECK_SIZES)
+    sizes = [parse_size(text, '--check-sizes') for text in sizes]
     check_arguments(args)
     cfg = cli.read_config(args.config, args.cfg_options)
     # Else every parameter's initialization is logged.
     MMLogger.get_current_instance().setLevel('WARNING')
     model = build_model(cfg, args.checkpoint)
-    wrapped = Backbone(model) if args.part == 'backbone' else wrap(model)
-    metadata = describe(model, args)
+    wrapped = wrap(model, args.part, args.format)
+    if wrapped.one_image:
+        if args.check_sizes is None and static is None:
+            sizes = [(1, *size[1:]) for size in sizes]
+        if any(size[0] > 1 for size in sizes):
+            raise UserError('a whole detector takes one image: sizes must be 1xHxW')
+    metadata = describe(model, wrapped, cfg, args)
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
 
     print('Tracing (a minute or more for a large model) ...', flush=True)
-    program = trace(wrapped)
+    program = trace(wrapped, static)
     print(f'Writing {args.format} ...', flush=True)
     if args.format == 'onnx':
-        save_onnx(program, wrapped.output_names, args.opset, metadata, out)
+        save_onnx(program, wrapped, args.opset, metadata, out)
         run = onnx_runner(out)
     else:
         torch.export.save(program, out, extra_files={'metadata.json': json.dumps(metadata)})
@@ -190,15 +200,15 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise UserError(f"{name} is missing: pip install 'mmscalablevit[onnx]'") from error
 
 
-def parse_size(text: str) -> tuple[int, int, int]:
+def parse_size(text: str, option: str) -> tuple[int, int, int]:
     """Read ``BxHxW``."""
     found = re.fullmatch(r'([1-9]\d*)x(\d+)x(\d+)', text)
     if not found:
-        raise UserError(f'--check-sizes must be BxHxW such as 1x224x224, got {text}')
+        raise UserError(f'{option} must be BxHxW such as 1x224x224, got {text}')
     batch, height, width = map(int, found.groups())
     if not MIN_SIZE <= min(height, width) <= max(height, width) <= MAX_SIZE:
         allowed = f'{MIN_SIZE} to {MAX_SIZE} pixels'
-        raise UserError(f'--check-sizes: height and width must be {allowed}, got {text}')
+        raise UserError(f'{option}: height and width must be {allowed}, got {text}')
     return batch, height, width
 
 
@@ -218,28 +228,37 @@ def build_model(cfg: Config, checkpoint: str | None) -> nn.Module:
     return model.eval()
 
 
-def wrap(model: nn.Module) -> nn.Module:
-    """Give a model plain tensors in and out, or say which of its operators ONNX lacks."""
+def wrap(model: nn.Module, part: str, file_format: str) -> nn.Module:
+    """Give a part of a model plain tensors in and out, or say why it has none."""
+    if part == 'backbone':
+        return Backbone(model)
     name = type(model).__name__
-    ops = {type(m).__name__ for m in model.modules() if type(m).__module__.startswith('mmcv.ops')}
-    if ops:
-        raise UserError(
-            f'{name} cannot be exported: it needs {", ".join(sorted(ops))} of mmcv, compiled and '
-            'without a counterpart in ONNX (mmdeploy brings its own); '
-            '--part backbone exports its backbone'
-        )
     bases = {base.__name__ for base in type(model).__mro__}
-    kinds = dict(EncoderDecoder=Segmentor, SingleStageDetector=Detector, ImageClassifier=Classifier)
+    if part == 'model' and bases & {'RetinaNet', 'MaskRCNN', 'CascadeRCNN'}:
+        # mmdet is needed for these alone.
+        from onnx_detectors import WholeDetector
+
+        if file_format != 'onnx':
+            raise UserError(
+                'boxes are for --format onnx; torch-export takes --part backbone or maps'
+            )
+        return WholeDetector(model).eval()
+    kinds = dict(EncoderDecoder=Segmentor, ImageClassifier=Classifier)
+    if part == 'maps':
+        kinds = dict(SingleStageDetector=DetectorMaps)
+    ops = {type(m).__name__ for m in model.modules() if type(m).__module__.startswith('mmcv.ops')}
     for base, kind in kinds.items():
-        if base in bases:
+        if base in bases and not ops:
             return kind(model).eval()
+    needs = f' (it needs {", ".join(sorted(ops))} of mmcv)' if ops else ''
     raise UserError(
-        f'{name} cannot be exported: only {", ".join(kinds)} can; '
-        '--part backbone exports its backbone'
+        f'--part {part} of {name} cannot be exported{needs}; --part backbone exports its backbone'
     )
 
 
-def describe(model: nn.Module, args: argparse.Namespace) -> dict[str, str]:
+def describe(
+    model: nn.Module, wrapped: nn.Module, cfg: Config, args: argparse.Namespace
+) -> dict[str, str]:
     """What a user of the file must know, as text for its metadata."""
     preprocessor = model.data_preprocessor
     rgb = any(
@@ -250,8 +269,9 @@ def describe(model: nn.Module, args: argparse.Namespace) -> dict[str, str]:
         config=Path(args.config).name,
         part=args.part,
         weights=Path(args.checkpoint).name if args.checkpoint else 'initial, untrained',
-        input=f'float32, (B, 3, H, W), H and W of {MIN_SIZE} to {MAX_SIZE}, '
-        '(value of 0 to 255 - mean) / std',
+        input=f'float32, ({1 if wrapped.one_image else "B"}, 3, H, W), '
+        + (f'of {args.static}, ' if args.static else f'H and W of {MIN_SIZE} to {MAX_SIZE}, ')
+        + '(value of 0 to 255 - mean) / std',
         channels='RGB' if rgb else 'BGR',
     )
     if hasattr(preprocessor, 'mean'):
@@ -259,18 +279,37 @@ def describe(model: nn.Module, args: argparse.Namespace) -> dict[str, str]:
             metadata[key] = json.dumps(
                 [round(x, 4) for x in getattr(preprocessor, key).flatten().tolist()]
             )
+    for step in cfg.get('test_pipeline', []):
+        if step.type == 'Resize' and 'scale' in step:
+            metadata['scale'] = json.dumps(step.scale)
+    if cfg.get('test_dataloader'):
+        with config_errors(cfg):
+            dataset = DATASETS.build(dict(cfg.test_dataloader.dataset, lazy_init=True))
+        metadata['classes'] = json.dumps(dataset.metainfo.get('classes'))
     return metadata
 
 
-def trace(model: nn.Module) -> torch.export.ExportedProgram:
-    """Trace a model in eval mode of images (B, 3, H, W) with ``torch.export``, all sizes open."""
+def trace(
+    model: nn.Module, static: tuple[int, int, int] | None = None
+) -> torch.export.ExportedProgram:
+    """Trace a model in eval mode of images (B, 3, H, W) with ``torch.export``.
+
+    All sizes are open but the batch of a model of one image, or none are with a ``static`` one.
+    """
     dim = torch.export.Dim
     side = dict(min=MIN_SIZE, max=MAX_SIZE)
-    sizes = {0: dim('batch', min=1), 2: dim('height', **side), 3: dim('width', **side)}
+    sizes = {2: dim('height', **side), 3: dim('width', **side)}
+    batch, channels, *sides = EXAMPLE_SHAPE
+    if getattr(model, 'one_image', False):
+        batch = 1
+    else:
+        sizes[0] = dim('batch', min=1)
+    if static is not None:
+        (batch, *sides), sizes = static, None
     with exportable(), torch.no_grad():
         program = torch.export.export(
             model,
-            (torch.zeros(EXAMPLE_SHAPE),),
+            (torch.zeros(batch, channels, *sides),),
             dynamic_shapes=(sizes,),
             strict=False,
             prefer_deferred_runtime_asserts_over_guards=True,
@@ -318,7 +357,7 @@ def bins(size: int, number: int, like: Tensor) -> Tensor:
 
 def save_onnx(
     program: torch.export.ExportedProgram,
-    output_names: list[str],
+    wrapped: nn.Module,
     opset: int,
     metadata: dict[str, str],
     out: Path,
@@ -329,7 +368,8 @@ def save_onnx(
         dynamo=True,
         opset_version=opset,
         input_names=['images'],
-        output_names=output_names,
+        output_names=wrapped.output_names,
+        custom_translation_table=wrapped.translations() if wrapped.translations else None,
         verbose=False,
     )
     onnx_program.model.metadata_props.update(metadata)
@@ -360,26 +400,29 @@ def compare(
     """Print difference and time of model and exported model at each batch, height and width.
 
     Fails where outputs differ by more than ``TOLERANCE``, relative to the larger of 1 and their
-    largest value, or labels at more than 0.1% of the pixels.
+    largest value, or labels at more than 0.1% of the pixels. A detector's boxes are compared with
+    those of mmdet's own code.
     """
+    eager = getattr(model, 'reference', model)
+    judge = getattr(model, 'judge', lambda *outputs: f'{largest_difference(*outputs):.1e}')
     exported = 'onnxruntime' if args.format == 'onnx' else 'exported'
     print(f'{torch.get_num_threads()} CPU thread(s), median of {args.repeat} runs in turns')
-    header = ('B x H x W', 'largest difference', 'PyTorch (s)', f'{exported} (s)', 'ratio')
+    header = ('B x H x W', 'difference', 'PyTorch (s)', f'{exported} (s)', 'ratio')
     rows = []
     torch.manual_seed(0)
     for batch, height, width in sizes:
         images = torch.randn(batch, 3, height, width)
-        difference = largest_difference(model(images), run(images))
+        difference = judge(eager(images), run(images))
         times = [[], []]
         for _ in range(args.repeat):
-            for function, seconds in zip((model, run), times, strict=True):
+            for function, seconds in zip((eager, run), times, strict=True):
                 start = time.perf_counter()
                 function(images)
                 seconds.append(time.perf_counter() - start)
-        eager, other = map(statistics.median, times)
+        before, after = map(statistics.median, times)
         sides = f'{batch} x {height} x {width}'
-        seconds = f'{eager:.3f}', f'{other:.3f}', f'{eager / other:.2f}'
-        rows.append((sides, f'{difference:.1e}', *seconds))
+        seconds = f'{before:.3f}', f'{after:.3f}', f'{before / after:.2f}'
+        rows.append((sides, difference, *seconds))
     print(cli.markdown_table(header, rows))
 
 
