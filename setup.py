@@ -11,7 +11,7 @@ MIM_PARTS = ('configs', 'demo', 'tools', 'model-index.yml')
 NOT_SHIPPED = shutil.ignore_patterns('__pycache__', '*.py[cod]', 'work_dirs')
 
 # mmengine and mmcv are missing here on purpose: two families of distributions ship these import
-# names, and pip would lay one over the other. The package checks them when it is imported.
+# names, and pip would overwrite one by the other. The package checks them when it is imported.
 MAINTAINED = ['onedl-mmengine>=0.10.12,<0.11', 'onedl-mmcv>=2.3.6,<2.4']
 DET = [*MAINTAINED, 'onedl-mmdetection>=3.5.1,<3.6']
 SEG = [*MAINTAINED, 'onedl-mmsegmentation>=1.4.2,<1.5', 'ftfy', 'regex']

@@ -51,7 +51,7 @@ class Frame:
 
     @property
     def rgb(self) -> np.ndarray:
-        """The image as the visualizers want it."""
+        """The image as the visualizers need it."""
         return np.ascontiguousarray(self.image[..., ::-1])
 
 

@@ -44,7 +44,8 @@ class HelpFormatter(argparse.HelpFormatter):
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         end = ' \\\n    ' if text.startswith('example:') else '\n'
-        return end.join(self._split_lines(text, width - 4))
+        paragraphs = (self._split_lines(part, width - 4) for part in text.split('\n\n'))
+        return '\n\n'.join(end.join(lines) for lines in paragraphs)
 
     def _split_lines(self, text: str, width: int) -> list[str]:
         text = ' '.join(text.split())

@@ -13,17 +13,16 @@ _DISTRIBUTIONS = {
     'mmcv': ('onedl-mmcv', 'mmcv', 'mmcv-lite'),
 }
 _INSTALL = (
-    'Install the maintained distributions with `pip install onedl-mmengine onedl-mmcv` '
-    'or the original ones with `pip install mmengine "mmcv>=2.0.0"`; '
-    '`make env` in a clone does all of it.'
+    'Run `make env` in a clone, or `pip install onedl-mmengine` and then, after torch, ninja and '
+    'psutil, `pip install --no-build-isolation onedl-mmcv`; docs/getting_started.md says more.'
 )
 
 
 def check_dependencies() -> None:
     """Check that mmengine and mmcv are importable and recent enough.
 
-    The two import names are shipped by two families of distributions, so they cannot stand in
-    the package's requirements: pip would install one family over the other.
+    The two import names are shipped by two families of distributions, so they cannot be
+    requirements of the package: pip would install one family over the other.
     Where that happened all the same, a warning says so.
 
     Raises:
@@ -77,14 +76,14 @@ def torchvision_fault() -> str | None:
     """Return in one sentence why torchvision cannot be imported and how to cure it, or None.
 
     mmpretrain imports torchvision, and mmdet imports mmpretrain where it is installed: a
-    torchvision whose compiled half is of another build than torch breaks both.
+    torchvision compiled for another torch breaks both.
     """
     cure = f'`pip install --force-reinstall --no-deps {torchvision_requirement()}`'
     try:
         importlib.import_module('torchvision')
     except ModuleNotFoundError:
         return f'torchvision is not installed: {cure}.'
-    # The compiled half raises what its loader raises: OSError, RuntimeError, ImportError.
+    # Its compiled operators raise what their loader raises: OSError, RuntimeError, ImportError.
     except Exception as error:
         found, torch = map(importlib.metadata.version, ('torchvision', 'torch'))
         reason = str(error).strip().splitlines()[-1]

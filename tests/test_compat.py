@@ -187,7 +187,7 @@ def test_torchvision_that_does_not_fit_is_named_with_the_cure(
     versions, monkeypatch, tmp_path, request
 ):
     versions.update(torch='2.13.0+cpu', torchvision='0.28.0')
-    # What torchvision does at import if its compiled half could not be loaded.
+    # What torchvision does at import if its compiled operators could not be loaded.
     folder = tmp_path / 'torchvision'
     folder.mkdir()
     (folder / '__init__.py').write_text(

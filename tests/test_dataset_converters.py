@@ -249,7 +249,7 @@ def test_faults_of_coco(convert, tmp_path):
         'run-length encoding is not of the size': dict(
             sound, segmentation=dict(size=[40, 30], counts=[1200])
         ),
-        'annotation is of no image': dict(sound, image_id=8),
+        'annotation belongs to no image': dict(sound, image_id=8),
     }
     write_coco(tmp_path / 'coco', 'official', dict(train=[sound, *faults.values()], val=[sound]))
     path = tmp_path / 'coco/annotations/instances_train2017.json'
@@ -396,7 +396,7 @@ def test_faults_of_labelme(convert, tmp_path):
         'line of 2 points has no area: lm/a.json shape 2 cat',
         'lm/b.json (40x30 and not 41x30)',
         'image does not exist: lm/gone.jpg',
-        'json is not of labelme: imagePath, or shapes of label and points: lm/other.json',
+        "json is not labelme's, with imagePath and shapes of label and points: lm/other.json",
     ):
         assert sentence in said
     assert convert('labelme_to_coco.py', 'lm', 'out', '--leave-out')[0] == 0

@@ -178,19 +178,19 @@ with warnings.catch_warnings():
     QUANTIZED = torch.quantize_per_tensor(WEIGHTS[LIM], 0.1, 0, torch.qint8)
 STEM = 'patch_embeds.0.proj.weight'
 ONE = torch.ones(1)
-NOT_DENSE = f'no dense tensors by name ({LIM})'
+NOT_DENSE = f'other than named dense tensors ({LIM})'
 NOT_FINITE = f'NaN or infinite values in {LIM}'
 # What a file holds, and the reason for refusing it.
 CONTENTS = [
     ([WEIGHTS], 'holds a list and not a dict'),
     (ONE, 'holds a Tensor and not a dict'),
-    (dict(state_dict=[1]), 'no dense tensors by name (state_dict)'),
+    (dict(state_dict=[1]), 'other than named dense tensors (state_dict)'),
     (dict(state_dict={}, meta={}), 'holds no weights'),
-    ({**WEIGHTS, 3: ONE}, 'no dense tensors by name (3)'),
+    ({**WEIGHTS, 3: ONE}, 'other than named dense tensors (3)'),
     (with_(LIM, [1.0]), NOT_DENSE),
     (Shadowed(WEIGHTS), 'a dict with attributes (items, get, keys)'),
     (dict(model=Shadowed(WEIGHTS)), 'holds a dict with attributes'),
-    (dict(state_dict=WEIGHTS, meta=['x']), 'under meta that is no dict'),
+    (dict(state_dict=WEIGHTS, meta=['x']), 'has a meta that is not a dict'),
     (with_(LIM, WEIGHTS[LIM].to_sparse()), NOT_DENSE),
     (with_(LIM, ROWS), NOT_DENSE),
     (with_(LIM, QUANTIZED), NOT_DENSE),

@@ -52,7 +52,7 @@ REASONS = {
     'doubled': 'as torch.float64, but the model has it as torch.float32; cast',
     'code': 'holds pickled Python code',
     'other': 'does not fit',
-    'listed': 'no dense tensors by name (state_dict)',
+    'listed': 'other than named dense tensors (state_dict)',
 }
 
 

@@ -24,7 +24,7 @@ def test_label_maps_with_another_ignored_value(convert, tmp_path):
     options = ['--classes', 'sky,road,car', '--first', 1]
     code, said = convert('masks_to_labels.py', 'data', 'out', *options)
     assert 'nothing was written' in code
-    assert 'error: value 9 is not of a class nor ignored (2 times): data/masks/train/a' in said
+    assert 'error: value 9 is neither a class nor ignored (2 times): data/masks/train/a' in said
     assert not any(Path('out').iterdir())
 
     code, said = convert('masks_to_labels.py', 'data', 'out', *options, '--ignore', 9)
@@ -60,7 +60,7 @@ def test_colored_masks(convert, tmp_path):
 
     (tmp_path / 'colors.txt').write_text('128 0 0 sky\n0 0 0 void')
     code, said = convert('masks_to_labels.py', 'data', 'new', *options, 'void')
-    assert 'color 0 0 128 is not of a class nor ignored (5 times): data/masks/a_L.png' in said
+    assert 'color 0 0 128 is neither a class nor ignored (5 times): data/masks/a_L.png' in said
     code, said = convert('masks_to_labels.py', 'data', 'new', *options, 'void', '--leave-out')
     assert code == 0
     assert np.array_equal(labels_of('new/annotations')['a'], [[255, 0, 255, 255]] * 3)

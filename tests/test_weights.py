@@ -182,7 +182,9 @@ def test_a_failed_download_says_what_to_do_by_hand(drive, released, behavior):
 def test_no_network_and_no_gdown_say_what_to_do_by_hand(drive, monkeypatch):
     drive.shutdown()
     drive.server_close()
-    with pytest.raises(CheckpointError, match=r'cannot be had .*; open https.* save the file as'):
+    with pytest.raises(
+        CheckpointError, match=r'cannot be downloaded .*; open https.* save the file as'
+    ):
         fetch_released('scalablevit://base')
     monkeypatch.setitem(sys.modules, 'gdown', None)
     with pytest.raises(CheckpointError, match=r'pip install gdown\), or open https'):

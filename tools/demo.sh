@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Copyright (c) mmscalablevit contributors. All rights reserved.
-# Trains and evaluates a detector and a segmenter on a data set made here, and draws the results.
+# Trains and evaluates a detector and a segmentor on a data set made here, and draws the results.
 # An interrupted run continues where it was; a finished one is only reported again.
 set -euo pipefail
 
@@ -45,7 +45,7 @@ train() {
 }
 
 "$PYTHON" demo/shapes.py "$DATA" --num-train 4000 --num-val 100
-echo "Training a detector and a segmenter side by side, about 10 minutes on 2 cores"
+echo "Training a detector and a segmentor side by side, about 10 minutes on 2 cores"
 trap 'trap - INT TERM; kill 0' INT TERM
 train detection configs/demo/mask-rcnn_scalablevit-demo_fpn_shapes.py &
 detection=$!

@@ -91,7 +91,7 @@ def enable_tta(cfg: Config) -> None:
     for key in ('tta_model', 'tta_pipeline'):
         if key not in cfg:
             raise cli.UserError(
-                f'--tta needs {key}, which {cfg.filename} has not (mmdet augments boxes only)'
+                f'--tta needs {key}, which is missing in {cfg.filename} (mmdet augments boxes only)'
             )
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
     dataset = cfg.test_dataloader.dataset

@@ -9,11 +9,11 @@ from mmengine.config import Config
 from mmscalablevit import cli
 from mmscalablevit.checkpoint.reading import check_file
 
-# Tracker: backend of mmengine, the module it needs, what installs that.
+# Tracker: backend of mmengine, the package it needs.
 TRACKERS = {
-    'tensorboard': ('TensorboardVisBackend', 'tensorboard', '"mmscalablevit[tensorboard]"'),
-    'wandb': ('WandbVisBackend', 'wandb', 'wandb'),
-    'mlflow': ('MLflowVisBackend', 'mlflow', 'mlflow'),
+    'tensorboard': ('TensorboardVisBackend', 'tensorboard'),
+    'wandb': ('WandbVisBackend', 'wandb'),
+    'mlflow': ('MLflowVisBackend', 'mlflow'),
 }
 
 
@@ -78,9 +78,9 @@ def set_resume(cfg: Config, checkpoint: str) -> None:
 
 def add_tracker(cfg: Config, name: str) -> None:
     """Log to an experiment tracker, too."""
-    backend, module, distribution = TRACKERS[name]
-    if importlib.util.find_spec(module) is None:
-        raise cli.UserError(f'--tracker {name} needs: pip install {distribution}')
+    backend, package = TRACKERS[name]
+    if importlib.util.find_spec(package) is None:
+        raise cli.UserError(f'--tracker {name} needs: pip install {package}')
     if not cfg.get('visualizer'):
         raise cli.UserError(f'--tracker needs a visualizer in {cfg.filename}')
     backends = cfg.visualizer.get('vis_backends') or [dict(type='LocalVisBackend')]

@@ -76,7 +76,7 @@ def read_checkpoint(filename: str, map_location: str | torch.device | None = Non
         )
     _check_plain(checkpoint, filename)
     if not isinstance(checkpoint.get('meta') or {}, dict):
-        raise CheckpointError(f'checkpoint {filename} holds something under meta that is no dict')
+        raise CheckpointError(f'checkpoint {filename} has a meta that is not a dict')
     return checkpoint
 
 
@@ -107,7 +107,7 @@ def find_weights(
     others = [k for k, v in weights.items() if not isinstance(k, str) or not _is_dense(v)]
     if others:
         raise CheckpointError(
-            f'checkpoint {filename} holds entries that are no dense tensors by name '
+            f'checkpoint {filename} holds entries other than named dense tensors '
             f'({shorten(others)})'
         )
     return _without_wrappers(weights, filename)

@@ -132,8 +132,8 @@ def fetch_released(address: str) -> str:
         str: The file; it is a checkpoint and whole.
 
     Raises:
-        CheckpointError: If it cannot be had or has another hash; the message says where the file
-            is and where to put it.
+        CheckpointError: If it cannot be downloaded or has another hash; the message says where
+            the file is and where to put it.
 
     Example:
         >>> fetch_released('scalablevit://small')  # doctest: +SKIP
@@ -194,7 +194,7 @@ def _download_released(size: str, path: str) -> None:
         except (CheckpointError, *failures) as error:
             reason = one_line(str(error).replace(part, 'that was downloaded'), 200)
             raise CheckpointError(
-                f'checkpoint scalablevit://{size} cannot be had ({reason}); {by_hand}'
+                f'checkpoint scalablevit://{size} cannot be downloaded ({reason}); {by_hand}'
             ) from error
         # gdown's is for its owner alone.
         os.chmod(part, 0o644)

@@ -115,7 +115,7 @@ def _check_categories(path: str, entries: dict, classes: list[str], findings: Fi
     used = [name for name in names if name in classes]
     # mmdet numbers the classes in the file's order, and names them in the config's.
     if sorted(used) == sorted(classes) and used != list(classes):
-        findings.error(f'classes must stand in the order of the categories of {path}', used)
+        findings.error(f'classes must be in the order of the categories of {path}', used)
     elif len(used) != len(set(used)):
         findings.error(f'{path} has two categories of one name', Counter(used).most_common(1)[0][0])
 

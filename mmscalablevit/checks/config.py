@@ -78,8 +78,8 @@ def check_data(cfg: Config, loaders: Iterable[str]) -> None:
         for key, path in _paths(leaf).items():
             if '://' not in path and not osp.exists(path):
                 raise UserError(
-                    f'{loader}: {path} does not exist; put the data there or set {key} of the '
-                    f'data set to its place, by --cfg-options {loader}.dataset.{key}=PATH'
+                    f'{loader}: {path} does not exist; put the data there or set its '
+                    f'path by --cfg-options {loader}.dataset.{key}=PATH'
                 )
     for loader, leaf in leaves:
         findings = Findings()

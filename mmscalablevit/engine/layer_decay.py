@@ -83,8 +83,9 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         if not hasattr(backbone, 'get_layer_depth'):
             raise TypeError(
                 f'backbone {type(backbone).__name__} has no method get_layer_depth(param_name, '
-                f'prefix), which layer-wise learning-rate decay asks of {type(module).__name__}.'
-                'backbone; ScalableViT and most backbones of mmpretrain have it'
+                'prefix), which layer-wise learning-rate decay needs of '
+                f'{type(module).__name__}.backbone; ScalableViT and most backbones of mmpretrain '
+                'have it'
             )
         with _without_paramwise_log():
             super().add_params(params, module, prefix, is_dcn_module)

@@ -203,7 +203,7 @@ def fused_attention(
 ) -> Tensor:
     """Multi-head attention, formula (1), by torch's fused kernels, for values of any width.
 
-    They want values as wide as keys: the narrower side is padded with zeros, which is exact.
+    They need values as wide as keys: the narrower side is padded with zeros, which is exact.
 
     Args:
         query (Tensor): Queries of shape (B, N, heads * D).

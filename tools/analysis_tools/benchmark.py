@@ -76,7 +76,7 @@ def parse_args() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=cli.HelpFormatter,
         epilog='example: python tools/analysis_tools/benchmark.py --models small plain swin-t '
         'small:compiled --dtypes float32 --sizes 1x800x1280 --out work_dirs/benchmark',
     )

@@ -226,14 +226,20 @@ def parse_args() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=cli.HelpFormatter,
         epilog='example: python tools/analysis_tools/roofline.py --models small swin-t '
         '--sizes 2x800x1344 --gpus h100 mine:0.9:71 --out roofline.md',
     )
     default = ['small', 'base', 'large', 'swin-t']
     parser.add_argument('--models', nargs='+', default=default, help=benchmark.MODELS_HELP)
-    parser.add_argument('--modes', nargs='+', choices=['inference', 'train'], default=['train'])
-    parser.add_argument('--sizes', nargs='+', type=benchmark.size, default=[(2, 800, 1344)])
+    help_ = 'forward pass, or training step; default: train'
+    parser.add_argument(
+        '--modes', nargs='+', choices=['inference', 'train'], default=['train'], help=help_
+    )
+    help_ = 'batch, height and width as BxHxW; default: 2x800x1344'
+    parser.add_argument(
+        '--sizes', nargs='+', type=benchmark.size, default=[(2, 800, 1344)], help=help_
+    )
     help_ = f'of {", ".join(GPUS)}, or NAME:TB/s:TFLOP/s; tables of operators are of the first'
     parser.add_argument('--gpus', nargs='+', type=gpu, default=list(GPUS.items()), help=help_)
     parser.add_argument('--top', type=int, default=10, help='rows of each table')

@@ -86,7 +86,9 @@ def read_file(path: Path, findings: Findings) -> tuple[dict[int, str], list[dict
             if entry['image_id'] in images:
                 images[entry['image_id']]['objects'].append(entry)
             else:
-                findings.error('annotation is of no image', f'{path} annotation {entry.get("id")}')
+                findings.error(
+                    'annotation belongs to no image', f'{path} annotation {entry.get("id")}'
+                )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f'{path} is no COCO file of annotated images ({error!r})') from error
     return dict(sorted(names.items())), list(images.values())

@@ -195,7 +195,7 @@ def refuse_faults(args: argparse.Namespace, findings: Findings) -> None:
         print(line, file=sys.stderr)
     if findings.errors and not args.leave_out:
         raise UserError(
-            'nothing was written; mend what is named above, or leave it out with --leave-out'
+            'nothing was written; fix these faults, or leave out what has one by --leave-out'
         )
 
 

@@ -85,7 +85,9 @@ def _of_folder(folder: Path, findings: Findings) -> list[Source]:
         except (AttributeError, KeyError, TypeError, ValueError):
             sound = False
         if not sound:
-            findings.error('json is not of labelme: imagePath, or shapes of label and points', path)
+            findings.error(
+                "json is not labelme's, with imagePath and shapes of label and points", path
+            )
             continue
         # An image that was moved since lies beside its json.
         image = image if image.is_file() else path.parent / image.name

@@ -88,7 +88,7 @@ def convert_mask(path: Path, args: argparse.Namespace, findings: Findings) -> np
         shown = (
             f'color {value >> 16} {value >> 8 & 255} {value & 255}' if colored else f'value {value}'
         )
-        findings.error(f'{shown} is not of a class nor ignored', path)
+        findings.error(f'{shown} is neither a class nor ignored', path)
     labels[labels == UNKNOWN] = IGNORED
     return labels[inverse].reshape(mask.shape).astype(np.uint8)
 

@@ -197,7 +197,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         try:
             importlib.import_module(name)
         except ImportError as error:
-            raise UserError(f"{name} is missing: pip install 'mmscalablevit[onnx]'") from error
+            raise UserError(f'{name} is missing: pip install -e ".[onnx]" in a clone') from error
 
 
 def parse_size(text: str, option: str) -> tuple[int, int, int]:
