@@ -125,7 +125,7 @@ def test_pages_in_a_browser(site, browser, tmp_path):
     ('words', 'page'),
     [
         ('VOC', 'custom_dataset'),
-        ('TensorRT', 'troubleshooting'),
+        ('TensorRT', 'deployment'),
         ('batch size', 'troubleshooting'),
         ('pretrained', 'pretrained_weights'),
     ],
