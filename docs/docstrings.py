@@ -16,4 +16,6 @@ class Docstrings(griffe.Extension):
     def on_object(self, *, obj: griffe.Object, **kwargs) -> None:
         """Change the docstring of an object that has one."""
         if obj.docstring:
-            obj.docstring.value = EXAMPLE.sub(r'\1Examples:', ROLE.sub('', obj.docstring.value))
+            text = EXAMPLE.sub(r'\1Examples:', ROLE.sub('', obj.docstring.value))
+            # What Sphinx reads as the start of a block of code.
+            obj.docstring.value = re.sub(r'(?<=\w)::$', ':', text, flags=re.MULTILINE)

@@ -26,8 +26,8 @@ PARTS = (
     'docs/results/*',
     'tools/**/*.*',
 )
-# Code outside of blocks.
-INLINE = re.compile(r'(?<=<code>)[^<>]+(?=</code>)')
+# Code in a line of text: in a block, it follows a span.
+INLINE = re.compile(r'(?<!</span><code>)(?<=<code>)[^<>]+(?=</code>)')
 # Parts of the package in the order in which a user meets them.
 ORDER = ('models', 'engine', 'checkpoint', 'checks')
 
@@ -91,8 +91,13 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Let paths and dotted names in a line of text break after a slash, colon or dot."""
-    return INLINE.sub(lambda code: re.sub(r'([/:]|\.(?=\w{4}))(?=\w)', r'\1<wbr>', code[0]), html)
+    """In a line of text, let paths break after a slash, colon or dot, and no option in itself."""
+
+    def breaks(code: re.Match) -> str:
+        text = re.sub(r'([/:]|\.(?=\w{4}))(?=\w)', r'\1<wbr>', code[0])
+        return re.sub(r'--[\w-]+', r'<span class="option">\g<0></span>', text)
+
+    return INLINE.sub(breaks, html)
 
 
 def first_line(path: Path) -> str:
