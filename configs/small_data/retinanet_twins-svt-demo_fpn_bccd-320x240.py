@@ -1,4 +1,7 @@
 # Copyright (c) mmscalablevit contributors. All rights reserved.
 _base_ = ['../_base_/backbones/twins-svt-demo.py', '_base_/retinanet_bccd-320x240.py']
 custom_imports = dict(imports=['mmscalablevit', 'mmseg.models'])
-model = dict(backbone=_base_.backbone, neck=dict(in_channels=_base_.embed_dims))
+model = dict(
+    backbone=dict(_base_.backbone, out_indices=(1, 2, 3)),
+    neck=dict(in_channels=_base_.embed_dims[1:]),
+)

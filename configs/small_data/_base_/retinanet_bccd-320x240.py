@@ -9,7 +9,7 @@ channels = 64
 # Anchors from 16 pixels up: platelets measure 20, red cells 50, white cells 100 at this size.
 model = dict(
     # Without norms, training from scratch stayed with predictions that are the same for all images.
-    neck=dict(out_channels=channels, num_outs=4, norm_cfg=dict(type='BN')),
+    neck=dict(start_level=0, out_channels=channels, num_outs=4, norm_cfg=dict(type='BN')),
     bbox_head=dict(
         num_classes=3,
         in_channels=channels,

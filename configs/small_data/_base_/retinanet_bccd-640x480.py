@@ -7,7 +7,7 @@ _base_ = [
 ]
 # Norms as in the smaller size, which did not learn from scratch without them.
 model = dict(
-    neck=dict(norm_cfg=dict(type='BN')),
+    neck=dict(start_level=0, norm_cfg=dict(type='BN')),
     bbox_head=dict(num_classes=3, norm_cfg=dict(type='GN', num_groups=32)),
 )
 
