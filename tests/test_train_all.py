@@ -34,7 +34,8 @@ UPERNET = 'scalablevit-s_upernet_8xb2-160k_ade20k-512x512'
 
 
 @pytest.fixture
-def tool():
+def tool(monkeypatch):
+    monkeypatch.syspath_prepend(TOOL.parent)
     return load_tool('tools/train_all.py')
 
 
@@ -60,7 +61,7 @@ def test_selection_by_name_and_glob(tool):
     assert names(tool, 'retinanet_*') == retinanets | small
     with pytest.raises(UserError, match=r"matches 'segmentation/retinanet_\*'"):
         names(tool, 'segmentation/retinanet_*')
-    with pytest.raises(UserError, match='paper, baselines, all'):
+    with pytest.raises(UserError, match='paper, baselines, all, small-data'):
         names(tool, 'papers')
 
 
@@ -81,6 +82,40 @@ def test_groups(tool):
     assert {UPERNET, 'mask-rcnn_scalablevit-s_fpn_1x_coco'} <= paper
     assert not paper & baselines
     assert not any('amp' in name for name in paper)
+
+
+def test_rows_of_the_page(tool, tmp_path, monkeypatch):
+    for config, seed in (('retinanet_r18_fpn_bccd-320x240', 0), ('r18_upernet_camvid-320x240', 2)):
+        path = tmp_path / f'{config}_seed{seed}.json'
+        path.write_text(json.dumps(dict(config=config, seed=seed)))
+    monkeypatch.setattr(sys.modules['experiments'], 'RESULTS', tmp_path)
+    chosen = tool.select(['small-data', 'retinanet_r18_*'], tmp_path, {})
+    seeds = {experiment.name: experiment.seed for experiment in chosen}
+    commands = [tool.plan(experiment, arguments()).command for experiment in chosen]
+
+    first, second = 'r18_upernet_camvid-320x240_seed2', 'retinanet_r18_fpn_bccd-320x240'
+    assert seeds == {first: 2, second: 0}
+    assert commands[0][-2:] == ('--cfg-options', 'randomness.seed=2')
+    assert chosen[0].load().randomness.seed == 2
+
+
+def test_raw_data_is_converted_where_it_lacks(tool, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    called = []
+    for code in (0, 1):
+        monkeypatch.setattr(
+            sys.modules['experiments'].subprocess,
+            'run',
+            lambda words, code=code: called.append(words) or argparse.Namespace(returncode=code),
+        )
+        chosen = tool.select(['*_upernet_camvid-320x240', 'retinanet_r18_*'], tmp_path, {})
+        Path('data/bccd').mkdir(parents=True, exist_ok=True)
+        if code:
+            with pytest.raises(UserError, match='raw/camvid could not be converted'):
+                tool.convert(Path('raw'), chosen)
+        else:
+            tool.convert(Path('raw'), chosen)
+    assert [words[2:4] for words in called] == [[Path('raw/camvid'), Path('data/camvid')]] * 2
 
 
 def work_dir_at(experiment, checkpoint=None, validated=None, tta=None):

@@ -8,7 +8,6 @@ Ctrl-C stops what runs, and the same command goes on from there.
 
 import argparse
 import contextlib
-import fnmatch
 import os
 import shlex
 import signal
@@ -18,49 +17,20 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmengine.config import Config, DictAction
+from experiments import GROUPS, Experiment, convert, select
+from mmengine.config import DictAction
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from mmscalablevit import cli, work_dirs
 from mmscalablevit.engine.runner import lock_work_dir
 from mmscalablevit.errors import CheckpointError, UserError
-from mmscalablevit.published import read_published
 
 TOOLS = Path(__file__).resolve().parent
-CONFIGS = TOOLS.parent / 'configs'
-GROUPS = {
-    'paper': 'every experiment of ScalableViT with a published result',
-    'baselines': 'the same trainings with Swin-T and Twins-SVT-S',
-    'all': 'every config of detection and segmentation',
-}
 # Seconds that processes have to end by themselves before they are killed; torchrun takes 30.
 GRACE = 40
 # Seconds between looks at processes, and at logs for the progress bars.
 POLL, REFRESH = 0.5, 10
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """A config, its work directory, and the options that replace settings of the config."""
-
-    config: Path
-    work_dir: Path
-    options: dict
-
-    @property
-    def name(self) -> str:
-        """The stem of the config."""
-        return self.config.stem
-
-    def load(self) -> Config:
-        """Read the config and put the options into it."""
-        cfg = Config.fromfile(self.config, import_custom_modules=False)
-        try:
-            cfg.merge_from_dict(self.options)
-        except (TypeError, KeyError, IndexError) as error:
-            raise UserError(f'--cfg-options: {error}') from error
-        return cfg
 
 
 @dataclass(frozen=True)
@@ -83,45 +53,6 @@ class Job:
     lock: contextlib.ExitStack
     bar: int
     looked: float = 0.0
-
-
-def select(chosen: list[str], work_root: Path, options: dict) -> list[Experiment]:
-    """Find the experiments, each once, that names, globs, groups and files stand for."""
-    paths = [p for p in sorted(CONFIGS.glob('*/*.py')) if p.parent.name != '_base_']
-    found = []
-    for text in chosen:
-        if text in GROUPS:
-            matches = _group(text, paths)
-        elif text.endswith('.py') and Path(text).is_file():
-            matches = [Path(text)]
-        else:
-            matches = _matching(text.removeprefix('configs/').removesuffix('.py'), paths)
-        if not matches:
-            raise UserError(
-                f'no config in {CONFIGS} matches {text!r}; give a name or glob such as '
-                f"'mask-rcnn_*_1x_coco' or 'segmentation/*', or a group: {', '.join(GROUPS)}"
-            )
-        found += matches
-    return [Experiment(path, work_root / path.stem, options) for path in dict.fromkeys(found)]
-
-
-def _group(name: str, paths: list[Path]) -> list[Path]:
-    dense = [path for path in paths if path.parent.name in ('detection', 'segmentation')]
-    if name == 'all':
-        return dense
-    if name == 'baselines':
-        return [path for path in dense if 'scalablevit' not in path.stem]
-    measured = {name for name, model in read_published(CONFIGS).items() if model.metrics}
-    return [path for path in dense if 'scalablevit' in path.stem and path.stem in measured]
-
-
-def _matching(pattern: str, paths: list[Path]) -> list[Path]:
-    return [
-        path
-        for path in paths
-        if fnmatch.fnmatchcase(path.stem, pattern)
-        or fnmatch.fnmatchcase(f'{path.parent.name}/{path.stem}', pattern)
-    ]
 
 
 def plan(experiment: Experiment, args: argparse.Namespace) -> Step:
@@ -174,7 +105,10 @@ def _step(
         script = ['bash', str(TOOLS / f'dist_{kind}.sh'), *model, str(args.gpus)]
     else:
         script = [sys.executable, str(TOOLS / f'{kind}.py'), *model]
-    options = ['--cfg-options', *args.cfg_options] if args.cfg_options else []
+    texts = list(args.cfg_options or [])
+    if experiment.seed is not None:
+        texts.append(f'randomness.seed={experiment.seed}')
+    options = ['--cfg-options', *texts] if texts else []
     environment = (('GPUS', str(args.gpus)),) if args.partition else ()
     command = (*script, *work_dir, *(flags or []), *options)
     return Step(state, command, environment, trains=kind == 'train')
@@ -323,12 +257,16 @@ def show_plan(experiments: list[Experiment], args: argparse.Namespace, console: 
 
 
 def report(experiments: list[Experiment], work_root: Path) -> None:
-    """Compare what was trained with the published results, in the folder ``compared``."""
-    trained = [str(e.work_dir) for e in experiments if any(e.work_dir.glob('*/vis_data'))]
-    if trained:
-        script = TOOLS / 'analysis_tools' / 'compare_runs.py'
-        out = ['--out', str(work_root / 'compared')]
-        if subprocess.run([sys.executable, str(script), *trained, *out]).returncode:
+    """Compare with the page of results, or with the published ones in the folder ``compared``."""
+    trained = [e for e in experiments if any(e.work_dir.glob('*/vis_data'))]
+    rows = [e for e in trained if e.seed is not None]
+    others = [e for e in trained if e.seed is None]
+    for script, chosen, options in (
+        ('results_page.py', rows, ['--compare']),
+        ('compare_runs.py', others, ['--out', work_root / 'compared']),
+    ):
+        words = [TOOLS / 'analysis_tools' / script, *(e.work_dir for e in chosen), *options]
+        if chosen and subprocess.run([sys.executable, *words]).returncode:
             raise UserError('the results could not be compared; see above')
 
 
@@ -352,6 +290,12 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument(
         '--work-root', type=Path, default=Path('work_dirs'), help='folder of the work directories'
+    )
+    parser.add_argument(
+        '--raw',
+        type=Path,
+        help='folder with bccd, nuclei and camvid as their owners lay them out; what data/ lacks '
+        'of them is converted first',
     )
     parser.add_argument('--gpus', type=_positive, default=1, help='GPUs for each experiment')
     parser.add_argument('--partition', help='train through Slurm, in this partition')
@@ -410,6 +354,8 @@ def main() -> None:
         show_plan(experiments, args, console)
         return
     args.jobs = (args.jobs or len(experiments)) if args.partition else 1
+    if args.raw:
+        convert(args.raw, experiments)
     # SIGINT too, which shells have background jobs ignore.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)

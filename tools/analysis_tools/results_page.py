@@ -3,7 +3,7 @@
 
 Each finished training becomes a compact log in ``docs/results/``, which git keeps; the tables and
 the curves of ``docs/results.md`` are made of all compact logs there. The text around the tables is
-written by hand, and is kept.
+written by hand, and is kept. Or compare trainings with what the page says, and write nothing.
 """
 
 import argparse
@@ -111,6 +111,41 @@ def read_logs() -> list[dict]:
     return sorted(logs, key=lambda log: (log['config'], log['seed']))
 
 
+def task_of(log: dict) -> str:
+    """The data set of a compact log."""
+    return next(task for task in TASKS if log['config'].endswith(task))
+
+
+def noise(task: str, metric: str, logs: list[dict]) -> float | None:
+    """The widest range of a metric over the seeds of one config, or None if each has one seed."""
+    values = {}
+    for log in logs:
+        if task_of(log) == task:
+            values.setdefault(log['config'], []).append(log['metrics'][metric])
+    return max((max(v) - min(v) for v in values.values() if len(v) > 1), default=None)
+
+
+def compare(found: list[dict], logs: list[dict]) -> str:
+    """A table of trainings beside the compact logs of the same configs and seeds."""
+    known = {log_name(log): log for log in logs}
+    rows = []
+    for log in found:
+        page = known.get(log_name(log))
+        for metric, value in log['metrics'].items():
+            row = [log['config'], str(log['seed']), metric, f'{value:.1f}']
+            if page is None or page['iterations'] != log['iterations']:
+                why = 'no such row' if page is None else f'{page["iterations"]} iterations there'
+                rows.append([*row, '-', '-', why])
+                continue
+            width = noise(task_of(log), metric, logs)
+            difference = value - page['metrics'][metric]
+            verdict = 'unknown noise' if width is None else f'noise {width:.1f}'
+            if width is not None:
+                verdict = ('within ' if abs(difference) <= width else 'OUTSIDE ') + verdict
+            rows.append([*row, f'{page["metrics"][metric]:.1f}', f'{difference:+.1f}', verdict])
+    return cli.markdown_table(['Config', 'Seed', 'Metric', 'Now', 'Page', 'Change', ''], rows)
+
+
 def find(backbone: str, task: str) -> str:
     """The stem of a config."""
     (path,) = (p for p in CONFIGS.glob(f'*{task}.py') if f'{backbone}_' in p.stem)
@@ -144,7 +179,12 @@ def table(task: str, logs: list[dict]) -> str:
                 ' '.join(f'[seed {run["seed"]}](results/{log_name(run)})' for run in runs),
             ]
         )
-    return f'### {title}\n\n' + cli.markdown_table(['Backbone', *metrics, *HEADER], rows)
+    text = f'### {title}\n\n' + cli.markdown_table(['Backbone', *metrics, *HEADER], rows)
+    widths = {metric: noise(task, metric, logs) for metric in metrics}
+    if None in widths.values():
+        return text
+    ranges = ' and '.join(f'{width:.1f} {metric}' for metric, width in widths.items())
+    return f'{text}\nNoise: the seeds of one backbone differ by up to {ranges}.\n'
 
 
 def draw(logs: list[dict]) -> None:
@@ -179,15 +219,21 @@ def parse_args() -> argparse.Namespace:
         epilog='example: python tools/analysis_tools/results_page.py work_dirs/*_bccd-320x240',
     )
     parser.add_argument('work_dirs', nargs='*', type=Path, help='of finished trainings')
+    parser.add_argument(
+        '--compare', action='store_true', help='only print how they differ from the page'
+    )
     return parser.parse_args()
 
 
 def main() -> None:
     """Write compact logs, the page and the curves."""
     args = parse_args()
+    found = [compact_log(work_dir) for work_dir in args.work_dirs]
+    if args.compare:
+        print(compare(found, read_logs()))
+        return
     LOGS.mkdir(exist_ok=True)
-    for work_dir in args.work_dirs:
-        log = compact_log(work_dir)
+    for log in found:
         text = re.sub(r'\[\n\s+(\d+),\n\s+([\d.]+)\n\s+\]', r'[\1, \2]', json.dumps(log, indent=1))
         (LOGS / log_name(log)).write_text(text + '\n')
     logs = read_logs()
