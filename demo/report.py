@@ -26,8 +26,10 @@ from mmscalablevit.work_dirs import Run, find_checkpoint, read_run
 
 matplotlib.use('Agg')
 
-# Detections below this score are left out of the pictures; the metrics count them all.
+# Detections below this score are left out of the pictures, and those that overlap a better one of
+# any class by this IoU; the metrics count them all.
 SCORE_THRESHOLD = 0.5
+IOU_THRESHOLD = 0.5
 # Images are enlarged to about this side before boxes and names are drawn on them.
 PICTURE_SIDE = 256
 COLORS = ('tab:blue', 'tab:orange', 'tab:green')
@@ -200,6 +202,7 @@ def find_images(data: Path, count: int) -> list[Path]:
 
 def show_detections(run: Run, data: Path, images: list[Path], path: Path) -> None:
     """Draw the last checkpoint's detections beside the truth, with mmdet's visualizer."""
+    from mmcv.ops import nms
     from mmdet.apis import inference_detector, init_detector
     from mmdet.structures import DetDataSample
     from mmdet.visualization import DetLocalVisualizer
@@ -235,7 +238,9 @@ def show_detections(run: Run, data: Path, images: list[Path], path: Path) -> Non
             labels=np.array([labels[a['category_id']] for a in annotations]),
             masks=np.stack([coco.annToMask(a).astype(bool) for a in annotations]),
         )
-        prediction = inference_detector(model, str(file)).pred_instances.numpy()
+        prediction = inference_detector(model, str(file)).pred_instances
+        _, kept = nms(prediction.bboxes, prediction.scores, IOU_THRESHOLD)
+        prediction = prediction[kept].numpy()
         image, factor = read_image(file)
         pictures = [draw(image, factor, gt_instances=truth)]
         pictures.append(draw(image, factor, pred_instances=prediction))
