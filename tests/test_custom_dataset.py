@@ -206,9 +206,9 @@ def scalars(work_dir):
 @pytest.mark.parametrize(
     ('config', 'summary'),
     [
-        ('my_mask-rcnn.py', f'CocoDataset in data/shapes/: {NUM_TRAIN} images'),
+        ('my_mask-rcnn.py', f'CocoDataset in data/my_shapes/: {NUM_TRAIN} images'),
         ('my_cells.py', 'CocoDataset in data/cells/: 3 images, 3 annotations, 2 categories'),
-        ('my_upernet.py', f'BaseSegDataset in data/shapes: {NUM_TRAIN} images with masks'),
+        ('my_upernet.py', f'BaseSegDataset in data/my_shapes: {NUM_TRAIN} images with masks'),
     ],
 )
 def test_the_data_are_found_sound(config, summary, page):
