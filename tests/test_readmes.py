@@ -115,6 +115,14 @@ def test_published_results_are_marked(folder):
     assert '**inferred**' in text.lower()
 
 
+def test_citation_is_of_this_version():
+    cited = yaml.safe_load((ROOT / 'CITATION.cff').read_text())
+
+    assert f"'{cited['version']}'" in (ROOT / 'mmscalablevit' / 'version.py').read_text()
+    title = cited['preferred-citation']['title']
+    assert f'title={{{title}}}' in (ROOT / 'README.md').read_text()
+
+
 def test_no_page_names_a_file_of_this_machine():
     pages = ' '.join((ROOT / page).read_text() for page in PAGES)
 
