@@ -9,7 +9,7 @@ collect, with a network and the Python of the GPU machine: puts all wheels into 
 setup, on the GPU machine: makes KIT/env of them. mmcv is compiled for the GPU that is there, and kept in
     KIT/cache for the next time.
 measure, there: tests, benchmark, and operators against their lower bound; all results are in OUT.
-The variable PYTHON chooses another Python than python3 and, for measure, than KIT/env/bin/python.
+The variable PYTHON names another Python than python3, for measure KIT/env/bin/python by its full path.
 DEVICE=cpu measures tiny cases on a CPU, to test this script.
 example: tools/misc/gpu_kit.sh measure work_dirs/gpu'
 
@@ -29,7 +29,8 @@ setup() {
 # benchmark NAME OPTION...
 benchmark() {
     say "Benchmark: $1"
-    "$python" tools/analysis_tools/benchmark.py --device "$device" --out "$out/$1" "${@:2}" | tee "$out/$1.log"
+    "$python" tools/analysis_tools/benchmark.py --device "$device" --out "$out/$1" "${@:2}" 2>&1 |
+        tee "$out/$1.log" || say "Failed, see $out/$1.log; the rest goes on"
 }
 
 # The authors' setting: Faster R-CNN at 1500x1000.
@@ -52,14 +53,16 @@ CONFIG
 
 measure() {
     mkdir -p "$out"
-    local python=${PYTHON:-${KIT:-.}/env/bin/python} device=${DEVICE:-cuda}
+    local python=${PYTHON:-python3} device=${DEVICE:-cuda}
     local images=(64x224x224 256x224x224 8x512x512 1x800x1344 2x800x1344) photos=2x800x1344 scenes=2x512x512
+    # mmcv's RoIAlign takes no bfloat16.
+    local whole=float16
     local dtypes=(bfloat16 float32 float16) peers=(swin-t swin-t:fused twins-svt-s pvtv2-b2 convnext-t resnet-50)
     local published=1x1000x1500 rounds=10
     local ours=(small base large small-merged plain small:cp small:compiled swin-t:compiled)
     if [ "$device" = cpu ]; then
-        images=(1x64x64) photos=1x64x64 scenes=1x64x64 published=1x64x64
-        dtypes=(bfloat16) peers=(swin-t) ours=(small) rounds=1
+        images=(1x64x64) photos=1x64x64 scenes=2x64x64 published=1x64x64
+        dtypes=(bfloat16) whole=float32 peers=(swin-t) ours=(small) rounds=1
     fi
     say Tests
     MMSCALABLEVIT_TEST_DEVICE=$device "$python" -m pytest tests/test_gpu.py -q --durations 0 \
@@ -69,11 +72,12 @@ measure() {
     [ "$device" = cpu ] || benchmark attention --models small small:flash small:efficient small:cudnn \
         --sizes "${images[@]}" --dtypes bfloat16 --rounds $rounds
     detectors
-    benchmark detectors --models "$out"/configs/faster_{small,swin-t,r50}.py --sizes $published --rounds $rounds
+    benchmark detectors --models "$out"/configs/faster_{small,swin-t,r50}.py --sizes $published \
+        --dtypes float32 --rounds $rounds
     benchmark maskrcnn --models configs/detection/mask-rcnn_{scalablevit-s,swin-t}_fpn_1x_coco.py \
-        --sizes $photos --dtypes bfloat16 --rounds $rounds
+        --sizes $photos --dtypes $whole --rounds $rounds
     benchmark upernet --models configs/segmentation/{scalablevit-s,swin-t}_upernet_8xb2-160k_ade20k-512x512.py \
-        --sizes $scenes --dtypes bfloat16 --rounds $rounds
+        --sizes $scenes --dtypes $whole --rounds $rounds
     say 'Operators and their lower bound'
     "$python" tools/analysis_tools/roofline.py --models small swin-t --modes inference train --sizes $photos \
         --measure "$device" --out "$out/roofline.md"
