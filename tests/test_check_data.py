@@ -413,3 +413,37 @@ def test_more_objects_than_are_returned(check, detection):
     assert 'more objects than model.test_cfg.rcnn.max_per_img=100 returns: 2.jpg (375)' in said
     said = check('config.py', '--cfg-options', 'model.test_cfg.rcnn.max_per_img=400')[1]
     assert 'more objects' not in said
+
+
+def test_huge_images(check, detection):
+    content = coco()
+    content['images'][0].update(width=40000, height=30000)
+    (detection / 'train.json').write_text(json.dumps(content))
+
+    said = check('config.py')[1]
+    assert 'more than 100 million pixels is read whole for each sample' in said
+    assert '1.jpg (40000x30000)' in said
+
+
+IGNORING = [
+    'model.decode_head.ignore_index=11',
+    'model.auxiliary_head.ignore_index=11',
+    'model.data_preprocessor.seg_pad_val=11',
+    'val_evaluator.ignore_index=11',
+    'train_dataloader.dataset.pipeline.3.ignore_index=11',
+]
+
+
+def test_one_value_is_ignored(check, segmentation):
+    for i in (1, 2, 3):
+        write_mask(segmentation / 'masks' / f'{i}.png', (0, 1, 11))
+    options = [f'{x}_dataloader.dataset.ignore_index=11' for x in ('train', 'val', 'test')]
+    said = check('config.py', '--cfg-options', *options)[1]
+
+    assert (
+        'train_dataloader.dataset.ignore_index=11, but model.decode_head.ignore_index=255' in said
+    )
+    assert check('config.py', '--cfg-options', *options, *IGNORING)[0] == 0
+    for one in IGNORING:
+        some = [x for x in IGNORING if x != one]
+        assert check('config.py', '--cfg-options', *options, *some)[0] == 1, one

@@ -21,7 +21,7 @@ from ..errors import UserError, config_errors
 from .coco import check_boxes, check_coco, is_plain_coco
 from .files import all_exist, check_images
 from .findings import Findings
-from .label_maps import check_segmentation
+from .label_maps import check_ignored, check_segmentation
 from .pipeline import data_sets
 
 # Parts of a model with numbers of their own: object or none, and the regions of HTC.
@@ -31,6 +31,8 @@ _NAMED = 5
 _DOWNLOADED = ('CIFAR10', 'CIFAR100', 'FashionMNIST', 'MNIST')
 # Parsing the 450 MB of COCO's training set again would cost each start 20 s and gigabytes.
 _CHECKED_BYTES = 50 * 2**20
+# An image of this many pixels takes 1.2 GB as float32, and more in every worker.
+_HUGE = 100_000_000
 
 
 def config_faults(cfg: Config, known: Iterable[str]) -> Iterator[str]:
@@ -123,6 +125,7 @@ def check_data_set(
         return _check_coco(cfg, loader, leaf, dataset, findings, full)
     if 'BaseSegDataset' not in bases:
         return '' if full is None else check_boxes(dataset, full, findings)
+    check_ignored(cfg, loader, dataset.ignore_index, findings)
     if full is not None:
         return check_segmentation(dataset, full, findings)
     if not dataset.load_data_list():
@@ -162,6 +165,10 @@ def _check_coco(
         images = [(osp.join(folder, name), size) for name, size in sizes.items()]
         check_images(images, path, full, findings)
     _check_crowded(cfg.get('model') or {}, entries, path, findings)
+    for image in entries['images']:
+        if image['width'] * image['height'] >= _HUGE:
+            fault = 'image of more than 100 million pixels is read whole for each sample; use tiles'
+            findings.warn(fault, f'{image["file_name"]} ({image["width"]}x{image["height"]})')
     return ', '.join(f'{len(values)} {part}' for part, values in entries.items())
 
 

@@ -2,9 +2,11 @@
 """What a label map may hold, and faults of the label maps of a data set."""
 
 import os.path as osp
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+from mmengine.config import Config
 from mmengine.dataset import BaseDataset
 from PIL import Image
 
@@ -12,6 +14,7 @@ from .files import all_exist, in_threads, sample, size_or_fault
 from .findings import Findings
 
 _NAMED = 5
+_IGNORED = 255
 
 
 class LabelRule(NamedTuple):
@@ -108,3 +111,39 @@ def _check_label_map(path: str, size: tuple, rule: LabelRule, findings: Findings
     if fault:
         findings.error(f'label map: {fault[1]}', fault[0])
     return set(np.unique(labels).tolist())
+
+
+def check_ignored(cfg: Config, loader: str, ignored: int, findings: Findings) -> None:
+    """Compare the value that a data set ignores with that of heads, metric, crops and padding."""
+    others = [f'{key}={value}' for key, value in _ignored(cfg, loader) if value != ignored]
+    if others:
+        findings.error(
+            'all must ignore one value, best 255 '
+            '(tools/dataset_converters/masks_to_labels.py --ignore)',
+            f'{loader}.dataset.ignore_index={ignored}, but {", ".join(others)}',
+        )
+
+
+def _ignored(cfg: Config, loader: str) -> Iterator[tuple[str, int]]:
+    """Every key that ignores a value of label maps, and the value."""
+    model = cfg.get('model') or {}
+    for key in ('decode_head', 'auxiliary_head'):
+        heads = model.get(key) or []
+        for head in heads if isinstance(heads, list | tuple) else [heads]:
+            yield f'model.{key}.ignore_index', head.get('ignore_index', _IGNORED)
+    if 'seg_pad_val' in (model.get('data_preprocessor') or {}):
+        yield 'model.data_preprocessor.seg_pad_val', model['data_preprocessor']['seg_pad_val']
+    evaluators = cfg.get(loader.replace('dataloader', 'evaluator')) or []
+    for evaluator in evaluators if isinstance(evaluators, list | tuple) else [evaluators]:
+        if evaluator.get('type') in ('IoUMetric', 'mmseg.IoUMetric') and loader[:5] != 'train':
+            key = loader.replace('dataloader', 'evaluator')
+            yield f'{key}.ignore_index', evaluator.get('ignore_index', _IGNORED)
+    for step in ((cfg.get(loader) or {}).get('dataset') or {}).get('pipeline') or []:
+        kind = step.get('type') if isinstance(step, dict) else None
+        if kind == 'RandomCrop':
+            yield 'ignore_index of RandomCrop', step.get('ignore_index', _IGNORED)
+        elif kind in ('RandomRotate', 'RandomMosaic'):
+            yield f'seg_pad_val of {kind}', step.get('seg_pad_val', _IGNORED)
+        elif kind == 'Pad':
+            pad = step.get('pad_val', dict(seg=_IGNORED))
+            yield 'pad_val of Pad', pad.get('seg', _IGNORED) if isinstance(pad, dict) else _IGNORED
