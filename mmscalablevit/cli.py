@@ -94,9 +94,8 @@ def _last_line(error: Exception) -> str:
     return str(error).strip().splitlines()[-1]
 
 
-def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that training and testing share."""
-    parser.add_argument('--work-dir', help='folder of logs and checkpoints')
+def add_config_options(parser: argparse.ArgumentParser) -> None:
+    """Add the option that overrides settings of a config."""
     parser.add_argument(
         '--cfg-options',
         nargs='+',
@@ -105,6 +104,12 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         help='settings that replace those of the config, such as train_dataloader.batch_size=4; '
         'lists as KEY="[a,b]" or KEY=a,b, without spaces',
     )
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that training and testing share."""
+    parser.add_argument('--work-dir', help='folder of logs and checkpoints')
+    add_config_options(parser)
     parser.add_argument(
         '--launcher',
         choices=['none', 'pytorch', 'slurm', 'mpi'],

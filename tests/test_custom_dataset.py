@@ -26,21 +26,9 @@ from test_dataset_converters import (
 
 PAGE = ROOT / 'docs' / 'custom_dataset.md'
 # For speed: small images and models, few iterations and proposals, no optimizer in checkpoints.
-EMBED_DIMS = [16, 16, 32, 32]
-BACKBONE = {
-    f'model.backbone.arch.{key}': value
-    for key, value in dict(
-        _delete_=True,
-        embed_dims=EMBED_DIMS,
-        num_heads=[1, 1, 2, 2],
-        depths=[2, 2, 2, 1],
-        c_ratios=[1, 1, 1, 1],
-        sr_ratios=[8, 4, 2, 1],
-        window_sizes=[7, 7, 7, 7],
-        mlp_ratios=[2, 2, 2, 2],
-        ssa_kv='merged',
-    ).items()
-}
+ARCH = Config.fromfile(ROOT / 'tests' / 'data' / 'tiny_mask-rcnn.py').model.backbone.arch.to_dict()
+EMBED_DIMS = ARCH['embed_dims']
+BACKBONE = {f'model.backbone.arch.{key}': x for key, x in dict(_delete_=True, **ARCH).items()}
 RETINANET = {**BACKBONE, 'model.neck.in_channels': EMBED_DIMS}
 MASK_RCNN = {**RETINANET, 'model.roi_head.bbox_head.fc_out_channels': 32}
 UPERNET = {

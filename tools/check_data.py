@@ -11,7 +11,7 @@ import os.path as osp
 import sys
 from pathlib import Path
 
-from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.config import Config, ConfigDict
 from mmengine.registry import DATASETS, init_default_scope
 
 from mmscalablevit import cli
@@ -102,13 +102,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--full', action='store_true', help=f'open every image and mask, not {SAMPLE} of each set'
     )
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        metavar='KEY=VALUE',
-        help='settings that replace those of the config',
-    )
+    cli.add_config_options(parser)
     parser.set_defaults(work_dir=None, launcher='none', local_rank=0)
     return cli.parse_args(parser)
 

@@ -67,13 +67,7 @@ def parse_args() -> argparse.Namespace:
         ('--dpi', 100, 'dots an inch of the pictures'),
     ):
         parser.add_argument(name, type=positive, default=default, help=f'{meaning}, {default}')
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=cli.DictAction,
-        metavar='KEY=VALUE',
-        help='override settings of the config',
-    )
+    cli.add_config_options(parser)
     return parser.parse_args()
 
 

@@ -138,13 +138,7 @@ def parse_args() -> argparse.Namespace:
         help=f'to check and time at; default: {" ".join(CHECK_SIZES)}, or that of --static',
     )
     parser.add_argument('--repeat', type=int, default=5, help='timed runs of each, default 5')
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=cli.DictAction,
-        metavar='KEY=VALUE',
-        help='override settings of the config',
-    )
+    cli.add_config_options(parser)
     return parser.parse_args()
 
 
