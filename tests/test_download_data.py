@@ -33,6 +33,7 @@ download_data.main()
 
 @pytest.fixture
 def tool(monkeypatch):
+    monkeypatch.syspath_prepend(str(TOOL.parent))
     module = load_tool('tools/dataset_converters/download_data.py')
     monkeypatch.setattr(module, 'WAIT', 0)
     return module
@@ -238,3 +239,41 @@ def test_a_disk_that_is_too_small_is_refused(tool, server, tmp_path, monkeypatch
     monkeypatch.setattr(tool.shutil, 'disk_usage', lambda folder: usage)
     with pytest.raises(UserError, match='GB free'):
         tool.download(server.address('x.zip'), tmp_path / 'x.zip', 1000)
+
+
+def png(pixels):
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, 'PNG')
+    return content.getvalue()
+
+
+def test_small_sets_are_laid_out_for_train_all(tool, server, tmp_path, monkeypatch):
+    layouts = tool.small_data
+    photograph, (first, second) = np.full((4, 6, 3), 99, np.uint8), np.eye(2, 24, dtype=np.uint8)
+    files = dict(camvid={}, nuclei={}, bccd={'BCCD/ImageSets/Main/val.txt': b'a'})
+    for folder in ('JPEGImages', 'Annotations'):
+        files['bccd'][f'BCCD/{folder}/a'] = b'x'
+    for split in ('train', 'val', 'test'):
+        files['camvid'][f'CamVid/{split}/a.png'] = png(photograph)
+        files['camvid'][f'CamVid/{split}annot/a.png'] = png(photograph[..., 0])
+    names = (layouts.NUCLEI_VAL.split()[0], layouts.NUCLEI_TEST.split()[0], 'another')
+    for name in names:
+        files['nuclei'][f'stage1_train/{name}/images/{name}.png'] = png(photograph)
+        for i, mask in enumerate((first, second)):
+            mask = png(255 * mask.reshape(4, 6))
+            files['nuclei'][f'stage1_train/{name}/masks/{i}.png'] = mask
+    for name, content in files.items():
+        server.files[name] = archive({f'main/{path}': data for path, data in content.items()})
+        monkeypatch.setitem(tool.ARCHIVES, name, {server.address(name): (0, '')})
+        monkeypatch.setattr(sys, 'argv', ['download_data.py', name, '--dir', str(tmp_path / name)])
+        tool.main()
+
+    assert (tmp_path / 'bccd/ImageSets/Main/val.txt').read_bytes() == b'a'
+    assert Image.open(tmp_path / 'camvid/val/a.jpg').size == (6, 4)
+    assert not (tmp_path / 'camvid/test').exists()
+    for split, name in (('val', names[0]), ('train', names[2])):
+        labels = np.array(Image.open(tmp_path / f'nuclei/instances/{split}/{name}.png'))
+        np.testing.assert_array_equal(labels, (first + 2 * second).reshape(4, 6))
+        assert (tmp_path / f'nuclei/images/{split}/{name}.png').is_file()
+    assert not list(tmp_path.glob(f'nuclei/*/*/{names[1]}*'))
+    assert not list(tmp_path.glob('*/archive'))

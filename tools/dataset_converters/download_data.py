@@ -1,5 +1,9 @@
 # Copyright (c) mmscalablevit contributors. All rights reserved.
-"""Download COCO or ADE20K from their owners, continue where it stopped, unpack and check."""
+"""Download data sets from their owners, continue where it stopped, unpack and check.
+
+COCO and ADE20K are unpacked as the configs read them, BCCD, nuclei and CamVid as
+``train_all.py --raw`` does.
+"""
 
 import argparse
 import hashlib
@@ -13,6 +17,7 @@ import urllib.request
 import zipfile
 from pathlib import Path
 
+import small_data
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
@@ -20,7 +25,7 @@ from mmscalablevit import cli
 from mmscalablevit.errors import UserError
 
 # By data set: addresses with size in bytes (0: unknown) and SHA-256 or SHA-1, as TensorFlow
-# Datasets publishes them of COCO and GluonCV of ADE20K.
+# Datasets publishes them of COCO and GluonCV of ADE20K ('': none is published).
 ARCHIVES = dict(
     coco={
         'http://images.cocodataset.org/annotations/annotations_trainval2017.zip': (
@@ -43,7 +48,11 @@ ARCHIVES = dict(
         ),
     },
 )
-FOLDERS = dict(coco='data/coco', ade20k='data/ade')
+for _name, (_repository, _commit) in small_data.SOURCES.items():
+    ARCHIVES[_name] = {f'https://github.com/{_repository}/archive/{_commit}.zip': (0, '')}
+FOLDERS = dict(coco='data/coco', ade20k='data/ade') | {
+    name: f'data/raw/{name}' for name in small_data.SOURCES
+}
 CHECK = Path(__file__).parents[1] / 'check_data.py'
 BLOCK = 2**20
 TRIES = 5
@@ -146,11 +155,13 @@ def parse_args() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
         formatter_class=cli.HelpFormatter,
-        description='Download COCO or ADE20K; the same command continues after an interruption.',
+        description='Download a data set; the same command continues after an interruption.',
         epilog='example: python tools/dataset_converters/download_data.py coco --dir data/coco',
     )
     parser.add_argument('name', choices=ARCHIVES, help='the data set')
-    parser.add_argument('--dir', type=Path, help='folder; default: data/coco or data/ade')
+    parser.add_argument(
+        '--dir', type=Path, help='folder; default: data/coco, data/ade or data/raw/NAME'
+    )
     parser.add_argument('--keep', action='store_true', help='keep the archives once unpacked')
     return parser.parse_args()
 
@@ -167,11 +178,18 @@ def main() -> None:
             continue
         if not path.exists():
             download(address, path, size)
-        verify(path, digest)
-        unpack(path, folder)
+        if digest:
+            verify(path, digest)
+        if args.name in small_data.SOURCES:
+            unpack(path, folder / 'archive')
+            small_data.lay_out(args.name, folder / 'archive', folder)
+        else:
+            unpack(path, folder)
         done.touch()
         if not args.keep:
             path.unlink()
+    if args.name in small_data.SOURCES:
+        return
     root = folder / 'ADEChallengeData2016' if args.name == 'ade20k' else folder
     sys.exit(subprocess.call([sys.executable, str(CHECK), args.name, '--root', str(root)]))
 
