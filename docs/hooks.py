@@ -28,6 +28,8 @@ PARTS = (
 )
 # Code in a line of text: in a block, it follows a span.
 INLINE = re.compile(r'(?<!</span><code>)(?<=<code>)[^<>]+(?=</code>)')
+# Images from the network, which the site does without.
+BADGE = re.compile(r'^\[!\[.*\]\(https://img\.shields\.io/.*\)\n', re.MULTILINE)
 # Parts of the package in the order in which a user meets them.
 ORDER = ('models', 'engine', 'checkpoint', 'checks')
 
@@ -80,13 +82,13 @@ def read_notebook(path: Path) -> Iterator[str]:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """List the modules on the API page; let links to the notebook lead to its page."""
+    """List the modules on the API page; drop badges; let links to the notebook lead to its page."""
     rows = [
         f'| [{name}](api/{name}.md) | {first_line(ROOT / "mmscalablevit" / path)} |'
         for name, path in modules().items()
     ]
     table = '\n'.join(['| Module | Purpose |', '|---|---|', *rows])
-    markdown = markdown.replace('<!-- modules -->', table)
+    markdown = BADGE.sub('', markdown.replace('<!-- modules -->', table))
     return markdown.replace('/tutorial.ipynb)', '/tutorial.md)')
 
 
@@ -94,7 +96,7 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
     """In a line of text, let paths break after a slash, colon or dot, and no option in itself."""
 
     def breaks(code: re.Match) -> str:
-        text = re.sub(r'([/:]|\.(?=\w{4}))(?=\w)', r'\1<wbr>', code[0])
+        text = re.sub(r'([/:]|(?<=\w)\.(?=\w{4}))(?=\w)', r'\1<wbr>', code[0])
         return re.sub(r'--[\w-]+', r'<span class="option">\g<0></span>', text)
 
     return INLINE.sub(breaks, html)
