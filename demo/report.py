@@ -184,7 +184,7 @@ def build(init: Callable[..., nn.Module], run: Run) -> tuple[nn.Module, dict]:
     meta = load_weights(model, checkpoint, str(config)).get('meta') or {}
     found = meta.get('dataset_meta') or {}
     if not found.get('classes'):
-        raise UserError(f'checkpoint {checkpoint} names no classes')
+        raise UserError(f'checkpoint {checkpoint} has no class names')
     palette = found.get('palette') or model.dataset_meta['palette']
     return model, dict(zip(found['classes'], map(tuple, palette), strict=False))
 

@@ -96,7 +96,12 @@ OPTIONS = {
     ],
     ('test.py', 'my_upernet.py'): [*TEST_SMALL, *as_options(UPERNET)],
 }
-SHORTER = {'epoch_24': 'epoch_1', 'epoch_117': 'epoch_1', 'iter_20000': 'iter_2'}
+SHORTER = {
+    'epoch_24': 'epoch_1',
+    'iter_20000': 'iter_2',
+    # What the shell makes of it.
+    'best_*': 'best_coco_bbox_mAP_epoch_1',
+}
 NUM_TRAIN, NUM_VAL = 4, 2
 
 
@@ -237,6 +242,7 @@ def test_learning_rate_is_scaled_to_two_images(page):
 def test_pictures_are_drawn(page):
     assert len(list((page[0] / 'pictures').iterdir())) == NUM_VAL
     assert len(list((page[0] / 'pictures_of_cells').iterdir())) == 1
+    assert len(list((page[0] / 'predicted_cells' / 'vis').iterdir())) == 4
     assert len(list((page[0] / 'seg_pictures').rglob('*.png'))) == NUM_VAL
 
 

@@ -88,7 +88,7 @@ def parse_args() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
         formatter_class=cli.HelpFormatter,
-        description='Say exactly what is missing or wrong in the data. Exit code 0: nothing.',
+        description='List what is missing or wrong in the data. Exit code 0: no errors.',
         epilog='example: python tools/check_data.py coco --root data/coco',
     )
     parser.add_argument(

@@ -294,15 +294,15 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--raw',
         type=Path,
-        help='folder with bccd, nuclei and camvid as their owners lay them out; what data/ lacks '
-        'of them is converted first',
+        help='folder of the original bccd, nuclei and camvid, from which data sets that are '
+        'missing in data/ are converted first',
     )
     parser.add_argument('--gpus', type=_positive, default=1, help='GPUs for each experiment')
     parser.add_argument('--partition', help='train through Slurm, in this partition')
     parser.add_argument(
         '--jobs',
         type=_positive,
-        help='experiments at a time with --partition; by default Slurm is given all at once',
+        help='experiments at a time with --partition; default: all at once',
     )
     parser.add_argument('--dry-run', action='store_true', help='only list states and commands')
     parser.add_argument('--amp', action='store_true', help='mixed precision')
@@ -363,7 +363,7 @@ def main() -> None:
     try:
         queue.work()
     except KeyboardInterrupt:
-        print('interrupted; the same command goes on from the last checkpoints', file=sys.stderr)
+        print('interrupted; the same command continues from the last checkpoints', file=sys.stderr)
         sys.exit(130)
     report(experiments, args.work_root)
     if queue.failed:

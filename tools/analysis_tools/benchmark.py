@@ -94,7 +94,7 @@ def parse_args() -> argparse.Namespace:
         nargs='+',
         choices=list(DTYPES),
         default=['float32'],
-        help='other types than float32, the default, are autocast',
+        help='default: float32; the others by autocast',
     )
     parser.add_argument(
         '--sizes',
@@ -102,12 +102,14 @@ def parse_args() -> argparse.Namespace:
         type=size,
         metavar='BxHxW',
         default=[(32, 224, 224), (2, 512, 512), (1, 800, 1280), (2, 800, 1344)],
-        help='batch, height and width of the images; default: %(default)s',
+        help='default: 32x224x224 2x512x512 1x800x1280 2x800x1344',
     )
     parser.add_argument(
-        '--rounds', type=int, default=5, help='measured passes of each model, default 5'
+        '--rounds', type=int, default=5, help='measured passes of each model; default: 5'
     )
-    parser.add_argument('--device', choices=['cpu', 'cuda'], default='cpu', help='default: cpu')
+    parser.add_argument(
+        '--device', choices=['cpu', 'cuda'], default='cpu', help='where to measure; default: cpu'
+    )
     parser.add_argument('--no-memory', action='store_true', help='do not measure memory')
     parser.add_argument('--out', type=Path, help='folder for benchmark.json and benchmark.md')
     parser.add_argument('--measure-memory', help=argparse.SUPPRESS)

@@ -91,7 +91,7 @@ def parse_args() -> argparse.Namespace:
         nargs='+',
         type=Path,
         metavar='RUN',
-        help='--work-dir of a training, or a folder of such, like work_dirs',
+        help='work directory of a training, or a folder of them, such as work_dirs',
     )
     parser.add_argument(
         '--out', type=Path, required=True, metavar='FILE', help='picture: ' + ', '.join(FORMATS)

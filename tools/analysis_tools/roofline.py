@@ -240,12 +240,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--sizes', nargs='+', type=benchmark.size, default=[(2, 800, 1344)], help=help_
     )
-    help_ = f'of {", ".join(GPUS)}, or NAME:TB/s:TFLOP/s; tables of operators are of the first'
+    help_ = f'{", ".join(GPUS)} or NAME:TB/s:TFLOP/s; the tables of operators are for the first one'
     parser.add_argument('--gpus', nargs='+', type=gpu, default=list(GPUS.items()), help=help_)
-    parser.add_argument('--top', type=int, default=10, help='rows of each table')
+    parser.add_argument('--top', type=int, default=10, help='rows of each table; default: 10')
     help_ = 'also time the operators on this device'
     parser.add_argument('--measure', choices=['cpu', 'cuda'], help=help_)
-    parser.add_argument('--out', type=Path, help='file (*.md) for the tables')
+    parser.add_argument('--out', type=Path, help='file (.md) to write the tables to')
     return parser.parse_args()
 
 

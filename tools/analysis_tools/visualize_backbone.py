@@ -52,21 +52,24 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('image', help='image file')
     source = parser.add_mutually_exclusive_group()
     source.add_argument('--config', help='config of a model with a ScalableViT backbone')
-    source.add_argument('--arch', help='name of an arch, default small')
-    parser.add_argument('--checkpoint', help='checkpoint of that model; else random weights')
-    parser.add_argument('--out-dir', required=True, help='folder of the pictures')
-    parser.add_argument('--point', metavar='X,Y', help='query in pixels of the image; else center')
+    source.add_argument('--arch', help='name of an arch; default: small')
+    parser.add_argument('--checkpoint', help='checkpoint of that model; default: random weights')
+    parser.add_argument('--out-dir', required=True, help='folder for the pictures')
+    parser.add_argument('--point', metavar='X,Y', help='query, in pixels; default: center')
     parser.add_argument('--compare', choices=['swin-t'], help="draw mmdet's Swin-T beside it")
     parser.add_argument(
-        '--compare-checkpoint', help='checkpoint of an mmdet detector with Swin-T; else random'
+        '--compare-checkpoint',
+        help='checkpoint of an mmdet detector with Swin-T; default: random weights',
     )
     for name, default, meaning in (
         ('--max-size', 1333, 'longer side is reduced to this many pixels'),
         ('--erf-images', 4, 'random images of the receptive fields'),
-        ('--erf-size', 448, 'their side in pixels'),
-        ('--dpi', 100, 'dots an inch of the pictures'),
+        ('--erf-size', 448, 'side of these images in pixels'),
+        ('--dpi', 100, 'dots per inch'),
     ):
-        parser.add_argument(name, type=positive, default=default, help=f'{meaning}, {default}')
+        parser.add_argument(
+            name, type=positive, default=default, help=f'{meaning}; default: {default}'
+        )
     cli.add_config_options(parser)
     return parser.parse_args()
 

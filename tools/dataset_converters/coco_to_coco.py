@@ -97,7 +97,7 @@ def read_file(path: Path, findings: Findings) -> tuple[dict[int, str], list[dict
 def parse_args() -> argparse.Namespace:
     """Parse the command line."""
     parser = writer.make_parser(
-        'Convert COCO files of any folders to our layout of COCO.',
+        'Convert COCO annotations of any folders and ids to the layout of our configs.',
         'data/my_coco data/mine --val valid',
         'folder of the json files and the images',
     )

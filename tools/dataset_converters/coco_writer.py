@@ -75,9 +75,9 @@ def make_parser(description: str, example: str, data: str) -> argparse.ArgumentP
         '--classes', metavar='A,B,...', help='classes in their order; default: as in DATA'
     )
     parser.add_argument(
-        '--leave-out', action='store_true', help='leave out what is at fault, else an error'
+        '--leave-out', action='store_true', help='leave out faulty images and objects'
     )
-    parser.add_argument('--copy', action='store_true', help='copy the images, no hard links')
+    parser.add_argument('--copy', action='store_true', help='copy images instead of linking')
     return parser
 
 
@@ -195,7 +195,7 @@ def refuse_faults(args: argparse.Namespace, findings: Findings) -> None:
         print(line, file=sys.stderr)
     if findings.errors and not args.leave_out:
         raise UserError(
-            'nothing was written; fix these faults, or leave out what has one by --leave-out'
+            'nothing was written; fix these faults, or leave out the faulty parts with --leave-out'
         )
 
 

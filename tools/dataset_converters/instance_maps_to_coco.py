@@ -75,7 +75,7 @@ def find_sources(args: argparse.Namespace, name: str) -> dict[str, list[Source]]
 def parse_args() -> argparse.Namespace:
     """Parse the command line."""
     parser = make_parser(
-        'Convert one instance map an image to the layout of COCO.',
+        'Convert instance maps, one for each image, to the layout of COCO.',
         'data/nuclei data/cells --classes nucleus',
         'folder of the images and the maps',
     )

@@ -142,18 +142,19 @@ def parse_args() -> argparse.Namespace:
         '--classes Sky,Building,...',
         'folder of the images and the masks',
     )
-    parser.add_argument('--images', default='images/{split}', help='in DATA; default: %(default)s')
-    parser.add_argument('--masks', default='masks/{split}', help='in DATA; default: %(default)s')
+    help_ = 'folder in DATA; default: %(default)s'
+    parser.add_argument('--images', default='images/{split}', help=help_)
+    parser.add_argument('--masks', default='masks/{split}', help=help_)
     parser.add_argument(
         '--mask-suffix',
         default='.png',
-        help='what the name of a mask has in place of .jpg; default: .png',
+        help='end of the names of masks, in place of .jpg; default: .png',
     )
     parser.add_argument(
-        '--colors', type=Path, help='file of RED GREEN BLUE NAME in each line, for colored masks'
+        '--colors', type=Path, help='file with a line RED GREEN BLUE NAME for each class'
     )
     parser.add_argument(
-        '--ignore', nargs='+', default=[], help='names of --colors, or values, that are ignored'
+        '--ignore', nargs='+', default=[], help='names in --colors, or values, to ignore'
     )
     parser.add_argument(
         '--first', type=int, default=0, help='value of the first class of label maps; default: 0'

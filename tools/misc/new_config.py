@@ -30,14 +30,14 @@ BASES = dict(
 NARROW = {256: 64, 512: 64, 1024: 256}
 # The parts of the text, which is formatted as a whole.
 HEAD = """# {count} images to train on, {val_count} to validate; {classes} classes, {sizes}.
-# Written by tools/misc/new_config.py; every line is yours to change.
+# Written by tools/misc/new_config.py; edit it as you like.
 _base_ = __import__('mmscalablevit').__path__[0] + ('/.mim/configs/{base}')
 
 data_root = {root!r}
 metainfo = dict(classes={names!r})
 """
 DETECTION = """
-# Longest and shortest side of the scaled images: nine tenths of yours are no larger.
+# Longest and shortest side of the scaled images: 90% of yours are no larger.
 scale = {scale}
 
 def scaled(pipeline):
@@ -94,7 +94,7 @@ default_hooks = dict(checkpoint=dict(interval={interval}))
 MODEL = """
 {why}model = {model}
 
-# The recipe's rate is for 16 images an iteration; AdamW's falls with the root of the batch.
+# The learning rate of the recipe, for 16 images, times the square root of batch_size / 16.
 optim_wrapper = dict(optimizer=dict(lr={lr:.2g}){clip})
 # With --auto-scale-lr: for other batches, or several GPUs
 auto_scale_lr = dict(base_batch_size={batch})
@@ -200,7 +200,7 @@ def fit_detector(args: argparse.Namespace, found: dict, scale: tuple[int, int]) 
     """What training from scratch, and small or many objects need of the model; and why."""
     instance, fit, why = args.task == 'instance', {}, ''
     if args.from_scratch:
-        why += '# Norms, without which little is learned from scratch.\n'
+        why += '# Norm layers, which training from scratch needs.\n'
         fit['neck.norm_cfg'] = dict(type='BN')
         fit |= {} if instance else {'bbox_head.norm_cfg': dict(type='GN', num_groups=8)}
     # How much training enlarges the objects.
@@ -272,15 +272,20 @@ def parse_args() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
         formatter_class=cli.HelpFormatter,
-        description='Look at a data set and write a short config that fits it.',
+        description='Write a short config that fits a data set.',
         epilog='example: python tools/misc/new_config.py data/cells --task instance --out my.py',
     )
-    parser.add_argument('data', type=Path, metavar='DATA', help='folder the converters wrote')
-    parser.add_argument('--task', choices=BASES, required=True, help='what is predicted')
-    parser.add_argument('--size', default='s', choices=('s', 'b', 'l', 'demo'), help='backbone')
+    parser.add_argument('data', type=Path, metavar='DATA', help='folder that a converter wrote')
+    parser.add_argument('--task', choices=BASES, required=True, help='what the model predicts')
+    parser.add_argument(
+        '--size',
+        default='s',
+        choices=('s', 'b', 'l', 'demo'),
+        help='of the backbone; demo trains on a CPU',
+    )
     parser.add_argument('--out', type=Path, default=Path('my.py'), help='default: my.py')
     parser.add_argument('--from-scratch', action='store_true', help='no pretrained weights')
-    parser.add_argument('--epochs', type=int, help='length; default: by the number of images')
+    parser.add_argument('--epochs', type=int, help='default: by the number of images')
     return parser.parse_args()
 
 

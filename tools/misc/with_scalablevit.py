@@ -33,7 +33,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         formatter_class=cli.HelpFormatter,
         description='Write a config that inherits from any config of mmdet, mmseg or mmpretrain, '
-        'with ScalableViT as its backbone; then build it and take one loss and one prediction.',
+        'with ScalableViT as its backbone; then compute a loss and a prediction.',
         epilog='example: python tools/misc/with_scalablevit.py '
         'mmdet::rtmdet/rtmdet-ins_s_8xb32-300e_coco.py --arch small --out my.py',
     )
@@ -86,7 +86,7 @@ def outputs_of(backbone: dict) -> list[tuple[int, int | None]]:
         outs = module(torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE))
     outs = outs if isinstance(outs, (list, tuple)) else [outs]
     if not all(isinstance(out, torch.Tensor) and out.dim() in (2, 4) for out in outs):
-        raise UserError(f'{backbone["type"]} returns no feature maps, as ScalableViT does')
+        raise UserError(f'{backbone["type"]} does not return feature maps')
     return [(o.shape[1], round(IMAGE_SIZE / o.shape[-1]) if o.dim() == 4 else None) for o in outs]
 
 

@@ -29,7 +29,7 @@ def parse_args() -> argparse.Namespace:
         nargs='+',
         default=['meta', 'state_dict'],
         metavar='KEY',
-        help='what is kept (default: meta state_dict)',
+        help='keys to keep (default: meta state_dict)',
     )
     parser.add_argument('--half', action='store_true', help='weights in half precision')
     return parser.parse_args()
