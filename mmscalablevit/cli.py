@@ -60,6 +60,13 @@ def run(main: Callable[[], None]) -> None:
             ``DataError``, and those of full disks and of paths that are missing, forbidden or of
             the wrong kind keep their traceback; of these, too, it is logged at level DEBUG.
             Distributed processes that end well are then disconnected.
+
+    Example:
+        >>> def main():
+        ...     raise UserError('config none.py does not exist')
+        >>> run(main)
+        Traceback (most recent call last):
+        SystemExit: error: config none.py does not exist
     """
     try:
         main()
@@ -134,7 +141,20 @@ def parse_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def read_config(path: str, options: dict | None = None) -> Config:
-    """Read a config, put options into it and import its toolbox."""
+    """Read a config, put options into it and import its toolbox.
+
+    Args:
+        path (str): The config.
+        options (dict, optional): Values by dotted keys, as of ``--cfg-options``. Defaults to None.
+
+    Raises:
+        UserError: If the config cannot be read, nothing reads an option, or its toolbox is missing.
+
+    Example:
+        >>> Config(dict(train_cfg=dict(max_epochs=12))).dump('short.py')
+        >>> read_config('short.py', {'train_cfg.max_epochs': 1}).train_cfg
+        {'max_epochs': 1}
+    """
     if not osp.isfile(path):
         raise UserError(f'config {path} does not exist')
     try:
@@ -166,7 +186,14 @@ def load_config(args: argparse.Namespace) -> Config:
 def markdown_table(
     header: Sequence[str], rows: Iterable[Sequence[str]], width: int = 10_000
 ) -> str:
-    """Format rows as a Markdown table that also reads well in a terminal."""
+    """Format rows as a Markdown table that also reads well in a terminal.
+
+    Example:
+        >>> print(markdown_table(['Size', 'top-1'], [['small', '83.1']]), end='')
+        | Size  | top-1 |
+        |-------|-------|
+        | small | 83.1  |
+    """
     table = Table(*header, box=MARKDOWN)
     for row in rows:
         table.add_row(*(cell.replace('|', r'\|') for cell in row))

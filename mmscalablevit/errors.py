@@ -20,7 +20,12 @@ class CheckpointError(RuntimeError):
 
 
 def one_line(text: object, width: int = 100) -> str:
-    """Text of a foreign file as a message can show it: one line, short, without control codes."""
+    r"""Text of a foreign file as a message can show it: one line, short, without control codes.
+
+    Example:
+        >>> one_line('several lines and \x1b[31mcolors', width=28)
+        'several lines and ?[31mc ...'
+    """
     # Cut first: the text may be of any length.
     words = ' '.join(str(text)[: 4 * width].split())
     shown = ''.join(c if c.isprintable() else '?' for c in words)

@@ -160,7 +160,11 @@ class _Session:
 
 
 def find_work_dirs(folders: list[Path]) -> list[Path]:
-    """Find work directories: the given ones, or all those below a folder, like ``work_dirs``."""
+    """Find work directories: the given ones, or all those below a folder, like ``work_dirs``.
+
+    Raises:
+        UserError: If a folder does not exist or holds no training.
+    """
     found = []
     for folder in folders:
         if not folder.is_dir():
@@ -214,7 +218,12 @@ def read_run(work_dir: Path) -> Run:
 
 
 def checkpoint_step(name: str) -> int | None:
-    """The epoch or iteration in the name of a checkpoint of mmengine."""
+    """The epoch or iteration in the name of a checkpoint of mmengine.
+
+    Example:
+        >>> checkpoint_step('work_dirs/run/epoch_12.pth')
+        12
+    """
     found = _CHECKPOINT_STEP.search(name)
     return int(found[2]) if found else None
 

@@ -55,9 +55,8 @@ def read_checkpoint(filename: str, map_location: str | torch.device | None = Non
         CheckpointError: If it is damaged, holds no dict, or holds other Python objects.
 
     Example:
-        >>> import torch
-        >>> torch.save(dict(state_dict=dict(weight=torch.zeros(2))), '/tmp/checkpoint.pth')
-        >>> read_checkpoint('/tmp/checkpoint.pth')['state_dict']['weight']
+        >>> torch.save(dict(state_dict=dict(weight=torch.zeros(2))), 'checkpoint.pth')
+        >>> read_checkpoint('checkpoint.pth')['state_dict']['weight']
         tensor([0., 0.])
     """
     filename = osp.expanduser(filename)
@@ -95,6 +94,20 @@ def find_weights(
 
     What ``torch.compile``, distributed training, FSDP and moving averages put into names is
     removed, counters of the latter are left out, and both are logged.
+
+    Args:
+        checkpoint (dict): What ``read_checkpoint`` returned, wrapped or bare weights.
+        filename (str): Its file, for messages.
+        wrappers (tuple[str, ...]): Keys under which weights may be, the first of them that is
+            there is taken. Defaults to ('state_dict',).
+
+    Raises:
+        CheckpointError: If there are none, or others than named dense tensors.
+
+    Example:
+        >>> weights = {'module.fc.weight': torch.zeros(2)}
+        >>> list(find_weights(dict(state_dict=weights), 'ddp.pth'))
+        ['fc.weight']
     """
     found = [key for key in wrappers if isinstance(checkpoint.get(key), dict)]
     if found[1:]:
@@ -145,10 +158,21 @@ def check_values(
 def load_weights(model: nn.Module, filename: str, config: str) -> dict:
     """Load a local checkpoint that must hold exactly the model's parameters, and return all of it.
 
+    Args:
+        model (nn.Module): The model. It stays as it was if a name, shape or value does not fit.
+        filename (str): The file.
+        config (str): The config of the model, for messages.
+
     Raises:
         FileNotFoundError: If there is no such file.
         CheckpointError: If it cannot be read or does not fit the model of ``config``; the message
             names what differs.
+
+    Example:
+        >>> model = nn.Linear(2, 1)
+        >>> torch.save(dict(meta=dict(epoch=1), state_dict=model.state_dict()), 'linear.pth')
+        >>> load_weights(model, 'linear.pth', 'linear.py')['meta']
+        {'epoch': 1}
     """
     checkpoint = read_checkpoint(filename, map_location='cpu')
     weights = find_weights(checkpoint, filename)

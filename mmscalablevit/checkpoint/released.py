@@ -67,25 +67,25 @@ def load_backbone_checkpoint(
             that fits, or lists the keys.
 
     Example:
-        >>> import torch
         >>> from mmscalablevit import ScalableViT
         >>> classifier = ScalableViT('small', stage_norm=None, final_norm=True)
-        >>> torch.save(dict(model=classifier.state_dict()), '/tmp/scalablevit-s.pth')
-        >>> load_backbone_checkpoint(ScalableViT('small'), '/tmp/scalablevit-s.pth')
+        >>> torch.save(dict(model=classifier.state_dict()), 'scalablevit-s.pth')
+        >>> load_backbone_checkpoint(ScalableViT('small'), 'scalablevit-s.pth')
     """
     weights = read_weights(checkpoint, map_location)
-    backbone, outside = split_backbone(weights, checkpoint, prefix)
+    state, outside = split_backbone(weights, checkpoint, prefix)
     parameters = model.state_dict()
-    unplaced = [name for name in backbone if name not in parameters]
-    surplus = [name for name in unplaced if _is_known_surplus(model, name)]
-    state = {name: tensor for name, tensor in backbone.items() if name not in surplus}
+    has_norms = any(name.startswith('norm_list.') for name in state)
+    surplus = [k for k in state if k not in parameters and _is_known_surplus(model, k)]
+    for name in surplus:
+        del state[name]
 
     notes = []
     if outside or surplus:
         left_out = ', '.join(module_names([*outside, *surplus]))
         notes.append(f'left out: {one_line(left_out, 1000)}')
     norms = {k: v for k, v in parameters.items() if k.startswith('norm_list.')}
-    if norms and not any(name.startswith('norm_list.') for name in backbone):
+    if norms and not has_norms:
         state.update({k: torch.full_like(v, k.endswith('.weight')) for k, v in norms.items()})
         notes.append('norm_list is initialized to identity')
 
@@ -103,8 +103,8 @@ def read_weights(checkpoint: str, map_location: str = 'cpu') -> dict[str, Tensor
     """Read the weights of a checkpoint, as :func:`load_backbone_checkpoint` does.
 
     Example:
-        >>> torch.save(dict(model=dict(weight=torch.ones(1))), '/tmp/weights.pth')
-        >>> read_weights('/tmp/weights.pth')
+        >>> torch.save(dict(model=dict(weight=torch.ones(1))), 'weights.pth')
+        >>> read_weights('weights.pth')
         {'weight': tensor([1.])}
     """
     address = str(checkpoint)
@@ -133,7 +133,16 @@ def load_from_scalablevit(
 def split_backbone(
     weights: dict[str, Tensor], checkpoint: str, prefix: str | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Split weights into those of the backbone, in the released names, and the others."""
+    """Split weights into those of the backbone, in the released names, and the others.
+
+    Raises:
+        CheckpointError: If nothing is under the prefix, or two names mean the same.
+
+    Example:
+        >>> weights = {'backbone.blocks.0.0.attn.lepe_func.bias': 0, 'neck.bias': 1}
+        >>> split_backbone(weights, 'detector.pth')
+        ({'stages.0.0.attn.lim_func.bias': 0}, {'neck.bias': 1})
+    """
     if prefix is None:
         prefix = 'backbone.' if any(name.startswith('backbone.') for name in weights) else ''
     elif prefix and not prefix.endswith('.'):
@@ -162,7 +171,13 @@ def detection_name(name: str) -> str:
 
 
 def nearest_arch(model_type: type[nn.Module], weights: dict[str, Tensor]) -> tuple[str, bool]:
-    """Return the named arch most like a checkpoint, and whether all names and shapes agree."""
+    """Return the named arch most like a checkpoint, and whether all names and shapes agree.
+
+    Example:
+        >>> from mmscalablevit import ScalableViT
+        >>> nearest_arch(ScalableViT, ScalableViT('small').state_dict())
+        ('small', True)
+    """
     trunk = {k: v.shape for k, v in weights.items() if k.split('.')[0] in _PER_STAGE[:3]}
     num_stages = len({name.split('.')[1] for name in trunk if '.' in name})
     in_channels = _in_channels(weights)
@@ -220,20 +235,25 @@ def as_classifier(
 def check_fit(model: nn.Module, state: dict[str, Tensor], checkpoint: str) -> None:
     """Check that weights have exactly the names and shapes of a model's parameters."""
     parameters = model.state_dict()
-    missing = [name for name in parameters if name not in state]
-    unexpected = [name for name in state if name not in parameters]
-    reshaped = [
-        f'{name} of {one_line(tuple(tensor.shape))} in place of {tuple(parameters[name].shape)}'
-        for name, tensor in state.items()
-        if name in parameters and tensor.shape != parameters[name].shape
-    ]
-    if not (missing or unexpected or reshaped):
-        return
-    lists = {'missing': missing, 'unexpected': unexpected, 'of another shape': reshaped}
+    lists = {
+        'missing': [name for name in parameters if name not in state],
+        'unexpected': [name for name in state if name not in parameters],
+        'of another shape': [
+            f'{name} of {one_line(tuple(tensor.shape))} in place of {tuple(parameters[name].shape)}'
+            for name, tensor in state.items()
+            if name in parameters and tensor.shape != parameters[name].shape
+        ],
+    }
     found = [f'{len(names)} {what} ({shorten(names)})' for what, names in lists.items() if names]
+    if not found:
+        return
+    unexpected = lists['unexpected']
+    hint = _hint(model, state)
+    if not hint and unexpected and all(name.startswith('norm_list.') for name in unexpected):
+        hint = "it was trained with norms after the stages, use stage_norm='chained' or 'output'"
     raise CheckpointError(
         f'checkpoint {checkpoint} does not fit this {type(model).__name__}: '
-        f'{"; ".join([*_hints(model, state, unexpected), *found])}'
+        f'{"; ".join([hint, *found] if hint else found)}'
     )
 
 
@@ -264,20 +284,18 @@ def _use_arch(arch: str) -> str:
     return f'it holds arch={arch!r}, use --cfg-options model.backbone.arch={arch}'
 
 
-def other_arch(model: nn.Module, checkpoint: str) -> str | None:
-    """What to set where a checkpoint holds another arch than a model's backbone."""
+def other_arch(model: nn.Module, weights: dict[str, Tensor]) -> str | None:
+    """What to set where a model's weights are of another arch than its backbone."""
     if not hasattr(getattr(model, 'backbone', None), 'arch_zoo'):
         return None
-    inside, _ = split_backbone(read_weights(checkpoint), checkpoint)
-    return next(iter(_hints(model.backbone, inside, [])), None)
+    names = {k: released_name(k[9:]) for k in weights if k.startswith('backbone.')}
+    return _hint(model.backbone, {name: weights[k] for k, name in names.items()})
 
 
-def _hints(model: nn.Module, state: dict[str, Tensor], unexpected: list[str]) -> list[str]:
+def _hint(model: nn.Module, state: dict[str, Tensor]) -> str | None:
     arch, exact = nearest_arch(type(model), state)
     if exact and model.arch_zoo[arch] != model.arch_settings:
-        return [_use_arch(arch)]
-    if exact and state['patch_embeds.0.proj.weight'].shape[1] != model.in_channels:
-        return [f'use in_channels={state["patch_embeds.0.proj.weight"].shape[1]}']
-    if unexpected and all(name.startswith('norm_list.') for name in unexpected):
-        return ["it was trained with norms after the stages, use stage_norm='chained' or 'output'"]
-    return []
+        return _use_arch(arch)
+    if exact and _in_channels(state) != model.in_channels:
+        return f'use in_channels={_in_channels(state)}'
+    return None

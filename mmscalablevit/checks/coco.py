@@ -152,7 +152,12 @@ def _faults(
 
 
 def mask_fault(mask: object, image: dict) -> str | None:
-    """What is wrong with a segmentation of COCO."""
+    """What is wrong with a segmentation of COCO.
+
+    Example:
+        >>> mask_fault([[0, 0, 5, 5]], dict(height=10, width=10))
+        'polygon is not of at least 3 points x, y'
+    """
     if not mask or not isinstance(mask, list | dict):
         return 'annotation has no segmentation, and the config trains on masks'
     if isinstance(mask, list):

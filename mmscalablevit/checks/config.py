@@ -36,7 +36,13 @@ _HUGE = 100_000_000
 
 
 def config_faults(cfg: Config, known: Iterable[str]) -> Iterator[str]:
-    """Find what is wrong in a config before anything is built from it."""
+    """Find what is wrong in a config before anything is built from it.
+
+    Example:
+        >>> cfg = Config(dict(model=dict(head=dict(num_classes=0))))
+        >>> list(config_faults(cfg, known=['model']))
+        ['model.head.num_classes must be an integer of at least 1, got 0']
+    """
     known = list(known)
     for key in cfg:
         # A config's own variables, such as data_root, are read while it is parsed.
@@ -222,7 +228,12 @@ def hook_faults(runner: Runner) -> Iterator[str]:
 
 
 def reordered(trained: Sequence[str], wanted: Sequence[str]) -> bool:
-    """Whether classes are the same, but for their spelling, in another order."""
+    """Whether classes are the same, but for their spelling, in another order.
+
+    Example:
+        >>> reordered(['car', 'traffic light'], ['Traffic_light', 'Car'])
+        True
+    """
     there, here = (
         [re.sub(r'[\s_-]', '', str(name)).lower() for name in names] for names in (trained, wanted)
     )

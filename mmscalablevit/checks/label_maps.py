@@ -18,7 +18,18 @@ _IGNORED = 255
 
 
 class LabelRule(NamedTuple):
-    """The values that the file of a label map may hold."""
+    """The values that the file of a label map may hold.
+
+    Args:
+        num_classes (int): Number of classes.
+        ignore_index (int): The value that is ignored. Defaults to 255.
+        reduce_zero_label (bool): Whether 0 is ignored, too, and the classes begin at 1. Defaults
+            to False.
+
+    Example:
+        >>> LabelRule(num_classes=3, reduce_zero_label=True).wrong(np.array([0, 1, 3, 4, 255]))
+        array([4])
+    """
 
     num_classes: int
     ignore_index: int = 255

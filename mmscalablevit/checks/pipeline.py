@@ -22,7 +22,12 @@ _FORMATS = {b'\xff\xd8': b'\xff\xd9', b'\x89PNG': b'IEND\xaeB`\x82'}
 
 
 def data_sets(dataset: object) -> Iterator[object]:
-    """The data sets inside wrappers such as RepeatDataset and ConcatDataset."""
+    """The data sets inside wrappers such as RepeatDataset and ConcatDataset.
+
+    Example:
+        >>> list(data_sets(dict(type='RepeatDataset', dataset=dict(type='CocoDataset'))))
+        [{'type': 'CocoDataset'}]
+    """
     get = dataset.get if isinstance(dataset, dict) else partial(getattr, dataset)
     inner = [get('dataset', None), *(get('datasets', None) or [])]
     inner = [nested for nested in inner if nested is not None]

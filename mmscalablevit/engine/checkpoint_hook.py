@@ -21,6 +21,12 @@ class AtomicLocalBackend(LocalBackend):
     A file is written as ``FILE.tmp``, flushed to the disk, and then takes its name. One that is
     removed stays until the next one of its folder is written: mmengine removes an outdated
     checkpoint before it writes the one that replaces it. Registered as ``atomic_local``.
+
+    Example:
+        >>> from mmengine.fileio import get, put
+        >>> put(b'weights', 'epoch_1.pth', backend_args=dict(backend='atomic_local'))
+        >>> get('epoch_1.pth')
+        b'weights'
     """
 
     def put(self, obj: bytes, filepath: str | os.PathLike) -> None:

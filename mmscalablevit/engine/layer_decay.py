@@ -38,10 +38,9 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         ValueError: If ``paramwise_cfg`` has unknown keys or an invalid rate, or ``lr`` is missing.
 
     Example:
-        >>> from mmengine.model import BaseModel
         >>> from mmengine.optim import build_optim_wrapper
         >>> from mmscalablevit import ScalableViT
-        >>> model = BaseModel()
+        >>> model = nn.Module()
         >>> model.backbone = ScalableViT('small')
         >>> wrapper = build_optim_wrapper(model, dict(
         ...     optimizer=dict(type='AdamW', lr=1e-4, weight_decay=0.05),

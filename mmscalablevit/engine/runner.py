@@ -56,6 +56,17 @@ class SafeRunner(Runner):
       waits for nobody: its launcher ends the others. Workers of data loaders end with their job.
     - Without an accelerator, gloo takes the place of NCCL, bfloat16 that of float16, and BN layers
       are not synchronized.
+
+    Its arguments are those of mmengine's ``Runner``.
+
+    Example:
+        >>> cfg = Config(dict(
+        ...     runner_type='SafeRunner', work_dir='run', log_level='ERROR',
+        ...     model=dict(type='ScalableViT')))
+        >>> runner = RUNNERS.build(cfg)
+        >>> runner.load_checkpoint('none.pth')
+        Traceback (most recent call last):
+        FileNotFoundError: checkpoint none.pth does not exist
     """
 
     _part = 'train'
@@ -170,7 +181,7 @@ class SafeRunner(Runner):
         Raises:
             CheckpointError: If it cannot be read or does not fit; the message names the difference.
         """
-        self._checkpoint = filename
+        self._checkpoint, self._weights = filename, {}
         use_safe_loader()
         try:
             return super().load_checkpoint(filename, map_location, True, list(revise_keys))
@@ -179,8 +190,10 @@ class SafeRunner(Runner):
         # A foreign file can hold anything.
         except Exception as error:
             model = self.model.module if is_model_wrapper(self.model) else self.model
-            held = other_arch(model, filename)
+            held = other_arch(model, self._weights)
             raise misfit(filename, self.cfg.filename, held or error) from error
+        finally:
+            self._weights = {}
 
     def resume(self, filename: str, *args, **kwargs) -> None:
         """Resume a training, see mmengine's ``Runner``.
@@ -276,13 +289,12 @@ class SafeRunner(Runner):
             _refuse(self.cfg, hook_faults(self))
 
     def _check_weights(self, checkpoint: dict) -> None:
-        weights = find_weights(checkpoint, self._checkpoint)
         # Wrappers of a model put this before its names, in the checkpoint or in the model.
-        parameters, weights = (
+        parameters, self._weights = (
             {name.removeprefix('module.'): value for name, value in state.items()}
-            for state in (self.model.state_dict(), weights)
+            for state in (self.model.state_dict(), find_weights(checkpoint, self._checkpoint))
         )
-        check_values(weights, self._checkpoint, parameters)
+        check_values(self._weights, self._checkpoint, parameters)
 
     def _check_classes(self, checkpoint: dict) -> None:
         """Refuse the data set's classes in another order."""
@@ -318,7 +330,19 @@ class SafeRunner(Runner):
 
 @contextlib.contextmanager
 def lock_work_dir(work_dir: str | os.PathLike, name: str = 'training') -> Iterator[None]:
-    """Keep others from working in a work directory, until the block or this process ends."""
+    """Keep others from working in a work directory, until the block or this process ends.
+
+    Args:
+        work_dir (str | os.PathLike): The directory, made if there is none.
+        name (str): What uses it; one of each name can. Defaults to 'training'.
+
+    Raises:
+        UserError: If it is in use.
+
+    Example:
+        >>> with lock_work_dir('run'), lock_work_dir('run', 'queue'):
+        ...     pass
+    """
     os.makedirs(work_dir, exist_ok=True)
     lock = FileLock(osp.join(work_dir, f'.{name}.lock'), timeout=0)
     try:

@@ -71,6 +71,11 @@ class SeededSampler(Sampler):
         dataset (Dataset): Its data set.
         seed (int, optional): Its seed, and that of the samples. Defaults to None, a seed of its own
             for the sampler, and 0 for the samples.
+
+    Example:
+        >>> sampler = SeededSampler(dict(type='DefaultSampler', shuffle=False), ['a', 'b'], seed=1)
+        >>> [(index, index.seed) for index in sampler]
+        [(0, 1189033389), (1, 13743408)]
     """
 
     def __init__(self, sampler: dict, dataset: Dataset, seed: int | None = None) -> None:
@@ -115,6 +120,21 @@ class SeededDataset(Dataset):
 
     Args:
         dataset (dict | Dataset): The data set or its config. Its attributes are those of this one.
+
+    Raises:
+        DataError: If the image or label map of a sample is damaged or does not fit, where the data
+            set has ``get_data_info``; the message names the file.
+
+    Example:
+        >>> class Noise(list):
+        ...     def __getitem__(self, index):
+        ...         return random.random()
+        >>> dataset = SeededDataset(Noise('abc'))
+        >>> sampler = dict(type='DefaultSampler')
+        >>> first, again = (
+        ...     [dataset[i] for i in SeededSampler(sampler, dataset, seed=1)] for _ in range(2))
+        >>> first == again
+        True
     """
 
     def __init__(self, dataset: dict | Dataset) -> None:

@@ -41,7 +41,17 @@ ARCH_ZOO = {
 
 
 def arch_settings(arch: str | dict, zoo: dict[str, dict]) -> dict:
-    """Return the settings of a named arch, or of a dict after checking it."""
+    """Return the settings of a named arch, or of a dict after checking it.
+
+    Raises:
+        TypeError: If ``arch`` is neither.
+        ValueError: If the name is unknown or a key or value is wrong; the message says what is
+            allowed.
+
+    Example:
+        >>> arch_settings('base', ARCH_ZOO)['embed_dims']
+        (96, 192, 384, 768)
+    """
     if isinstance(arch, str):
         if arch.lower() not in zoo:
             meant = difflib.get_close_matches(arch.lower(), zoo, n=1)

@@ -156,13 +156,19 @@ class InteractiveWindowSelfAttention(nn.Module):
         lim = conv_channels_last(self.lim_func, merge_windows(value, shape, size))
         dropout = self.attn_drop if self.training else 0.0
         out = fused_attention(query, key, value, self.num_heads, self.scale, dropout)  # (1)
-        out = merge_windows(out, shape, size) + lim  # (3)
-        out = self.proj_drop(self.proj(out))
+        out = merge_windows(out, shape, size)
+        out = out + lim
+        out = self.proj_drop(self.proj(out))  # (3)
         return pad_or_crop(out, shape[1], shape[2])
 
 
 def partition_windows(x: Tensor, size: int) -> Tensor:
-    """Split a map (B, H, W, C), padded with zeros, into windows (B * n, size * size, C)."""
+    """Split a map (B, H, W, C), padded with zeros, into windows of shape (B * n, size**2, C).
+
+    Example:
+        >>> partition_windows(torch.rand(2, 25, 33, 64), size=7).shape  # 4 x 5 windows each
+        torch.Size([40, 49, 64])
+    """
     batch, height, width, channels = x.shape
     rows, columns = (height + size - 1) // size, (width + size - 1) // size
     x = pad_or_crop(x, rows * size, columns * size)
@@ -173,7 +179,18 @@ def partition_windows(x: Tensor, size: int) -> Tensor:
 
 
 def merge_windows(windows: Tensor, shape: torch.Size, size: int) -> Tensor:
-    """Reverse :func:`partition_windows` of a map of a shape, but for the crop of what it padded."""
+    """Reverse :func:`partition_windows`, but for what it padded.
+
+    Args:
+        windows (Tensor): Windows of shape (B * n, size**2, C).
+        shape (torch.Size): Shape (B, H, W, C) of the map that was split.
+        size (int): Side of a window in pixels of the map.
+
+    Example:
+        >>> x = torch.rand(2, 25, 33, 64)
+        >>> merge_windows(partition_windows(x, 7), x.shape, 7)[:, :25, :33].equal(x)
+        True
+    """
     batch, height, width, channels = shape
     rows, columns = (height + size - 1) // size, (width + size - 1) // size
     x = windows.view(batch, rows, columns, size, size, channels).transpose(2, 3)
@@ -212,6 +229,11 @@ def fused_attention(
         num_heads (int): Number of heads.
         scale (float): Factor on the products.
         dropout (float): Dropout rate of the attention weights. Defaults to 0.
+
+    Example:
+        >>> query, key, value = torch.rand(1, 99, 80), torch.rand(1, 12, 80), torch.rand(1, 12, 64)
+        >>> fused_attention(query, key, value, num_heads=2, scale=40**-0.5).shape
+        torch.Size([1, 99, 64])
     """
     limit = MAX_BATCH.get(query.device.type)
     if limit and query.shape[0] > limit:

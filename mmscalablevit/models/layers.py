@@ -69,12 +69,23 @@ class PositionEncodingGenerator(nn.Module):
 
 
 def conv_channels_last(conv: nn.Module, x: Tensor) -> Tensor:
-    """Apply a convolution to a map of shape (B, H, W, C); both transpositions are views."""
+    """Apply a convolution of NCHW maps to one of shape (B, H, W, C); transpositions are views."""
     return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class MLP(nn.Module):
-    """Two linear layers with an exact GELU between them, and dropout after each."""
+    """The feed-forward part of a block: two linear layers and an exact GELU between them.
+
+    Args:
+        embed_dims (int): Channels of input and output.
+        hidden_dims (int): Channels between the two layers.
+        drop (float): Dropout rate after each layer. Defaults to 0.
+
+    Example:
+        >>> import torch
+        >>> MLP(64, 256)(torch.rand(1, 7, 9, 64)).shape
+        torch.Size([1, 7, 9, 64])
+    """
 
     def __init__(self, embed_dims: int, hidden_dims: int, drop: float = 0.0) -> None:
         super().__init__()
@@ -85,8 +96,9 @@ class MLP(nn.Module):
         self.drop2 = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Transform the last dimension of ``x``; the shape stays."""
-        return self.drop2(self.fc2(self.drop1(self.act(self.fc1(x)))))
+        """Transform a map of shape (B, H, W, C); the shape stays."""
+        x = self.drop1(self.act(self.fc1(x)))
+        return self.drop2(self.fc2(x))
 
 
 class Block(nn.Module):
@@ -100,6 +112,13 @@ class Block(nn.Module):
         mlp_ratio (float): Width of the MLP relative to ``embed_dims``. Defaults to 4.
         drop (float): Dropout rate inside the MLP. Defaults to 0.
         drop_path (float): Stochastic depth rate of both branches. Defaults to 0.
+
+    Example:
+        >>> import torch
+        >>> from mmscalablevit.models import ScalableSelfAttention
+        >>> block = Block(64, ScalableSelfAttention(64, num_heads=2), drop_path=0.1)
+        >>> block(torch.rand(1, 7, 9, 64)).shape
+        torch.Size([1, 7, 9, 64])
     """
 
     def __init__(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import islice
 
 import torch
 from mmengine.logging import print_log
@@ -23,6 +22,9 @@ from ..checkpoint.released import load_backbone_checkpoint
 from .arch import ARCH_ZOO, NUM_STAGES, arch_settings, check_int, check_out_indices, check_rate
 from .attention import InteractiveWindowSelfAttention, ScalableSelfAttention
 from .layers import Block, PatchEmbed, PositionEncodingGenerator
+
+# Kernel and stride of each stage's patch embedding, in pixels of the map before it.
+_PATCHES = ((7, 4), (3, 2), (3, 2), (3, 2))
 
 
 @MODELS.register_module()
@@ -139,24 +141,14 @@ class ScalableViT(BaseModule):
         self.with_cp = with_cp
 
         embed_dims = self.arch_settings['embed_dims']
-        depths = self.arch_settings['depths']
-        num_built = self.out_indices[-1] + 1
+        built = range(self.out_indices[-1] + 1)
+        channels = (in_channels, *embed_dims)
         self.patch_embeds = nn.ModuleList(
-            PatchEmbed(in_channels, embed_dims[0], kernel_size=7, stride=4, drop=drop_rate)
-            if i == 0
-            else PatchEmbed(
-                embed_dims[i - 1], embed_dims[i], kernel_size=3, stride=2, drop=drop_rate
-            )
-            for i in range(num_built)
+            PatchEmbed(channels[i], channels[i + 1], *_PATCHES[i], drop=drop_rate) for i in built
         )
-        self.pos_block = nn.ModuleList(
-            PositionEncodingGenerator(embed_dims[i]) for i in range(num_built)
-        )
-        last_block = max(sum(depths) - 1, 1)
-        rates = iter(drop_path_rate * i / last_block for i in range(sum(depths)))
+        self.pos_block = nn.ModuleList(PositionEncodingGenerator(embed_dims[i]) for i in built)
         self.stages = nn.ModuleList(
-            self._make_stage(i, list(islice(rates, depths[i])), drop_rate, attn_drop_rate)
-            for i in range(num_built)
+            self._make_stage(i, drop_rate, attn_drop_rate, drop_path_rate) for i in built
         )
         if stage_norm is not None:
             # The index is part of the released name, so a norm without use leaves its place empty.
@@ -164,34 +156,27 @@ class ScalableViT(BaseModule):
                 nn.LayerNorm(embed_dims[i], eps=1e-6)
                 if stage_norm == 'chained' or i in self.out_indices
                 else nn.Identity()
-                for i in range(num_built)
+                for i in built
             )
         if final_norm:
             self.norm = nn.LayerNorm(embed_dims[-1], eps=1e-6)
         self._freeze_stages()
 
-    def _make_stage(
-        self, index: int, drop_paths: list[float], drop: float, attn_drop: float
-    ) -> nn.ModuleList:
-        arch = {
-            key: value if key == 'ssa_kv' else value[index]
-            for key, value in self.arch_settings.items()
-        }
-        dims, heads = arch['embed_dims'], arch['num_heads']
-
-        def attention(block_index: int) -> nn.Module:
-            if block_index % 2 == 0:
-                return InteractiveWindowSelfAttention(
-                    dims, heads, arch['window_sizes'], attn_drop, drop
-                )
-            return ScalableSelfAttention(
-                dims, heads, arch['c_ratios'], arch['sr_ratios'], arch['ssa_kv'], attn_drop, drop
-            )
-
-        return nn.ModuleList(
-            Block(dims, attention(j), arch['mlp_ratios'], drop, drop_path)
-            for j, drop_path in enumerate(drop_paths)
-        )
+    def _make_stage(self, i: int, drop: float, attn_drop: float, drop_path: float) -> nn.ModuleList:
+        arch = self.arch_settings
+        dims, heads = arch['embed_dims'][i], arch['num_heads'][i]
+        first, last = sum(arch['depths'][:i]), max(sum(arch['depths']) - 1, 1)
+        blocks = nn.ModuleList()
+        for j in range(arch['depths'][i]):
+            if j % 2 == 0:
+                size = arch['window_sizes'][i]
+                attn = InteractiveWindowSelfAttention(dims, heads, size, attn_drop, drop)
+            else:
+                scales = arch['c_ratios'][i], arch['sr_ratios'][i], arch['ssa_kv']
+                attn = ScalableSelfAttention(dims, heads, *scales, attn_drop, drop)
+            rate = drop_path * (first + j) / last
+            blocks.append(Block(dims, attn, arch['mlp_ratios'][i], drop, rate))
+        return blocks
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Compute the feature maps of images (B, in_channels, H, W), any H and W from 1 up.
@@ -203,11 +188,17 @@ class ScalableViT(BaseModule):
         x = check_images(x, self.in_channels)
         x = x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
         outs = []
-        for i in range(len(self.stages)):
-            x = self._forward_stage(i, x)
-            out = x
-            if self.stage_norm is not None:
-                out = self.norm_list[i](x)
+        for i, stage in enumerate(self.stages):
+            # Formula (6); not in a method of its own, whose caller would keep the input in memory.
+            x = self.patch_embeds[i](x)
+            for j, block in enumerate(stage):
+                if self.with_cp and torch.is_grad_enabled():
+                    x = checkpoint(block, x, use_reentrant=False)
+                else:
+                    x = block(x)
+                if j == 0:
+                    x = self.pos_block[i](x)
+            out = x if self.stage_norm is None else self.norm_list[i](x)
             if self.stage_norm == 'chained':
                 x = out
             # Not "in", which dynamo of torch 2.4 gets wrong with dynamic=True.
@@ -217,18 +208,6 @@ class ScalableViT(BaseModule):
                 # mmcv's RoIAlign reads the memory as NCHW whatever the strides say.
                 outs.append(out.permute(0, 3, 1, 2).contiguous())
         return tuple(outs)
-
-    def _forward_stage(self, index: int, x: Tensor) -> Tensor:
-        """Compute formula (6)."""
-        x = self.patch_embeds[index](x)
-        for j, block in enumerate(self.stages[index]):
-            if self.with_cp and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
-            if j == 0:
-                x = self.pos_block[index](x)
-        return x
 
     def train(self, mode: bool = True) -> ScalableViT:
         """Set the training mode; what is frozen stays in eval mode."""
@@ -241,25 +220,17 @@ class ScalableViT(BaseModule):
         return self
 
     def _freeze_stages(self) -> None:
-        for module in self._frozen_modules():
-            module.eval()
-            for parameter in module.parameters():
-                parameter.requires_grad = False
-
-    def _frozen_modules(self) -> list[nn.Module]:
         if self.frozen_stages < 0:
-            return []
+            return
         count = self.frozen_stages
-        modules = [
-            *self.patch_embeds[: max(count, 1)],
-            *self.pos_block[:count],
-            *self.stages[:count],
-        ]
+        frozen = [*self.patch_embeds[: max(count, 1)], *self.pos_block[:count]]
+        frozen += self.stages[:count]
         if self.stage_norm is not None:
-            modules += self.norm_list[:count]
+            frozen += self.norm_list[:count]
         if count == NUM_STAGES and hasattr(self, 'norm'):
-            modules.append(self.norm)
-        return modules
+            frozen.append(self.norm)
+        for module in frozen:
+            module.eval().requires_grad_(False)
 
     def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
         """Depth of a parameter's layer, for layer-wise learning-rate decay.
