@@ -75,10 +75,10 @@ def read_training(work_dir: Path, metrics: tuple[Metric, ...]) -> Run:
         )
     run = read_run(work_dir)
     if not run.train or not run.validations:
-        raise UserError(f'the logs in {work_dir} hold no training iteration or no evaluation')
+        raise UserError(f'the logs in {work_dir} contain no training iteration or no evaluation')
     for step, evaluation in run.validations.items():
         for key in [metric.key for metric in metrics if metric.key not in evaluation.logged]:
-            raise UserError(f'the logs in {work_dir} hold no {key} in the evaluation at {step}')
+            raise UserError(f'the logs in {work_dir} contain no {key} in the evaluation at {step}')
     return run
 
 
@@ -215,7 +215,7 @@ def show_detections(run: Run, data: Path, images: list[Path], path: Path) -> Non
     coco = COCO(str(data / 'annotations/instances_validation.json'))
     unknown = [cat['name'] for cat in coco.cats.values() if cat['name'] not in classes]
     if unknown:
-        raise UserError(f'the data set holds the class {unknown[0]!r}, the model only {classes}')
+        raise UserError(f'the data set has the class {unknown[0]!r}, the model only {classes}')
     labels = {i: classes.index(cat['name']) for i, cat in coco.cats.items()}
     image_ids = {image['file_name']: image['id'] for image in coco.loadImgs(coco.getImgIds())}
 

@@ -270,7 +270,7 @@ def _read_record(out_dir: Path) -> dict | None:
         # A lone shapes.json.tmp is our own, of a run that was interrupted at its first file.
         if out_dir.exists() and {path.name for path in out_dir.iterdir()} - {'shapes.json.tmp'}:
             raise ValueError(
-                f'{out_dir} holds other files and no shapes.json; name a new or an '
+                f'{out_dir} contains other files but no shapes.json; name a new or an '
                 'empty folder for OUT_DIR'
             )
         return None

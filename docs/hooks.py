@@ -61,7 +61,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             name = path.relative_to(ROOT).as_posix()
             files.append(File.generated(config, name, abs_src_path=str(path)))
     for name in modules():
-        text = f'# {name}\n\n::: mmscalablevit.{name}\n'
+        # Found after the other pages.
+        boost = '---\nsearch:\n  boost: 0.5\n---\n\n'
+        text = f'{boost}# {name}\n\n::: mmscalablevit.{name}\n'
         files.append(File.generated(config, f'docs/api/{name}.md', content=text))
     notebook = '\n\n'.join(read_notebook(ROOT / 'demo' / 'tutorial.ipynb'))
     files.append(File.generated(config, 'demo/tutorial.md', content=notebook))

@@ -86,7 +86,7 @@ class SampleChecks:
         if not self.warned:
             self.warned = True
             print_log(
-                f'{fault}, unless they were drawn on the turned photograph; if they were drawn on '
+                f'{fault}, unless they were drawn on the rotated photograph; if they were drawn on '
                 "it as stored, set color_type='color_ignore_orientation' in LoadImageFromFile "
                 '(tools/check_data.py lists all such images)',
                 'current',

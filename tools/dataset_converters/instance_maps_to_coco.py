@@ -41,7 +41,7 @@ def read_objects(
         return None
     if labels.shape != size[::-1]:
         findings.error(
-            'instance map is not of the size of its image',
+            'instance map does not have the size of its image',
             f'{path} is {labels.shape[1]}x{labels.shape[0]} and not {size[0]}x{size[1]}',
         )
         return None

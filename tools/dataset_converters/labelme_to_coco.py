@@ -94,7 +94,7 @@ def _of_folder(folder: Path, findings: Findings) -> list[Source]:
         name = path.relative_to(folder).with_suffix(image.suffix).as_posix()
         sources.append(Source(image, name, partial(read_objects, path)))
     if not sources:
-        raise UserError(f'{folder} holds no json file of labelme')
+        raise UserError(f'{folder} contains no json file of labelme')
     return sources
 
 

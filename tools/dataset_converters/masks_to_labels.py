@@ -123,7 +123,7 @@ def convert_split(
             continue
         if labels.shape != size[::-1]:
             findings.error(
-                'mask is not of the size of its image',
+                'mask does not have the size of its image',
                 f'{mask} is {labels.shape[1]}x{labels.shape[0]} and not {size[0]}x{size[1]}',
             )
             continue

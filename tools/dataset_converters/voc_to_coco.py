@@ -49,7 +49,7 @@ def find_sources(args: argparse.Namespace) -> dict[str, list[Source]]:
     """The images of each split."""
     xmls = sorted((args.data / 'Annotations').glob('*.xml'))
     if not xmls:
-        raise UserError(f'{args.data / "Annotations"} holds no xml file')
+        raise UserError(f'{args.data / "Annotations"} contains no xml file')
     lists = {x: args.data / 'ImageSets' / 'Main' / f'{getattr(args, x)}.txt' for x in SPLITS}
     if not any(path.exists() for path in lists.values()):
         names = split_at_random(args, [xml.stem for xml in xmls])

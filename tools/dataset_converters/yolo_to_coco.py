@@ -63,7 +63,9 @@ def read_yaml(args: argparse.Namespace) -> dict:
     )
     names = args.data / 'classes.txt'
     if path is None and not names.exists():
-        raise UserError(f'{args.data} holds neither data.yaml nor classes.txt to name the classes')
+        raise UserError(
+            f'{args.data} contains neither data.yaml nor classes.txt with the class names'
+        )
     if path is None:
         classes = names.read_text().strip().split('\n')
         folders = {getattr(args, x): f'images/{getattr(args, x)}' for x in SPLITS}

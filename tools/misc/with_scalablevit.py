@@ -223,7 +223,7 @@ def convert(config: str, out: str, arch: str, checkpoint: str | None) -> Config:
     path, base = base_of(config, out)
     cfg = cli.read_config(path)
     if cfg.get('default_scope') not in TOOLBOXES:
-        raise UserError(f'config {config} is of no default_scope of {", ".join(TOOLBOXES)}')
+        raise UserError(f'config {config} must have a default_scope of {", ".join(TOOLBOXES)}')
     init_default_scope(cfg.default_scope)
     before = copy.deepcopy(cfg._cfg_dict.to_dict())
     replace_backbone(cfg, arch, checkpoint or f'scalablevit://{arch.removesuffix("-merged")}')
