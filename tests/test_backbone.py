@@ -74,25 +74,6 @@ def test_gradients_match_the_authors(extra_norm, loss_name):
     assert images.grad.norm().item() == pytest.approx(golden['input_grad_norm'], rel=1e-4)
 
 
-@pytest.mark.parametrize('arch', ['small', 'base', 'large'])
-def test_parameter_names_are_the_released_ones(arch):
-    with torch.device('meta'):
-        model = ScalableViT(arch, stage_norm=None, final_norm=True)
-    released = read_json(f'state_dict_keys_{arch}.json')
-    expected = {name: shape for name, shape in released.items() if not name.startswith('head.')}
-    assert {name: list(t.shape) for name, t in model.state_dict().items()} == expected
-
-
-@pytest.mark.parametrize(
-    ('arch', 'millions'),
-    [('small', 25_794_928), ('base', 74_627_952), ('large', 100_987_040)],
-)
-def test_parameter_counts(arch, millions):
-    with torch.device('meta'):
-        model = ScalableViT(arch)
-    assert sum(p.numel() for p in model.parameters()) == millions
-
-
 def test_norm_epsilons():
     eps = {
         name: module.eps
@@ -103,27 +84,18 @@ def test_norm_epsilons():
     assert {value for name, value in eps.items() if 'norm_act' not in name} == {1e-6}
 
 
-@pytest.mark.parametrize('out_indices', [(0,), (1,), (0, 2), [2, 3], (1, 3), (0, 1, 2, 3)])
+@pytest.mark.parametrize('out_indices', [(0,), [2, 3], (1, 3)])
 @pytest.mark.parametrize('stage_norm', ['chained', 'output', None])
-def test_out_indices_select_maps_and_use_every_parameter(out_indices, stage_norm):
-    torch.manual_seed(0)
-    full = tiny(stage_norm=stage_norm).eval()
-    part = ScalableViT(dict(TINY), out_indices=out_indices, stage_norm=stage_norm).eval()
-    wanted = part.state_dict().keys()
-    part.load_state_dict({k: v for k, v in full.state_dict().items() if k in wanted})
+def test_out_indices_select_maps(out_indices, stage_norm):
+    full = load_reference(ScalableViT(dict(TINY), stage_norm=stage_norm))
+    part = load_reference(ScalableViT(dict(TINY), out_indices=out_indices, stage_norm=stage_norm))
     images = torch.rand(1, 3, 40, 56)
-    outs = part(images)
-    for out, index in zip(outs, out_indices, strict=True):
+    for out, index in zip(part(images), out_indices, strict=True):
         assert torch.equal(out, full(images)[index])
-    sum((out * torch.rand_like(out)).sum() for out in outs).backward()
-    assert [n for n, p in part.named_parameters() if p.grad is None] == []
 
 
 def test_in_channels():
-    model = tiny(in_channels=5)
-    assert model(torch.rand(1, 5, 33, 33))[0].shape == (1, 16, 9, 9)
-    with pytest.raises(ValueError, match='in_channels=5'):
-        model(torch.rand(1, 3, 33, 33))
+    assert tiny(in_channels=5)(torch.rand(1, 5, 33, 33))[0].shape == (1, 16, 9, 9)
 
 
 @pytest.mark.parametrize('frozen_stages', range(-1, 5))
@@ -231,24 +203,51 @@ def arch(**changes):
     return dict(arch=dict(TINY, **changes))
 
 
-# Of wrong types and values: tests/test_bad_input.py.
 BAD_ARGUMENTS = [
-    (arch(window=7), r"unknown: \['window'\]"),
-    (arch(num_heads=(2, 3, 4, 4)), r'\[1\]=3 does not divide arch.*\[1\]=16'),
-    (arch(num_heads=(16, 2, 4, 4)), r"\[0\]=16 does not divide SSA's width .* = 20"),
-    (arch(c_ratios=(1, 1, 1, 2)), r"arch\['c_ratios'\]\[3\] must be 1"),
-    (dict(out_indices=(0, 4)), 'out_indices .*0 to 3'),
-    (dict(out_indices=(2, 0)), 'ascending'),
-    (dict(out_indices=()), 'at least one'),
-    (dict(final_norm=True, out_indices=(0,)), 'final_norm needs stage 3'),
-    (dict(frozen_stages=5), 'frozen_stages must be .* -1 to 4'),
+    (dict(arch='smal'), ValueError, r"got 'smal'; did you mean 'small'\?"),
+    (arch(window=7), ValueError, r"unknown: \['window'\]"),
+    (arch(depths=(1,) * 5), ValueError, 'must be 4 positive integers, got .1, 1, 1'),
+    (arch(depths=(True, 1, 1, 1)), ValueError, r"arch\['depths'\] .*got \(True"),
+    (arch(num_heads=(0, 2, 4, 4)), ValueError, r"arch\['num_heads'\] must be 4 pos"),
+    (arch(num_heads=(2, 3, 4, 4)), ValueError, r'\[1\]=3 does not divide arch.*\[1\]=16'),
+    (arch(num_heads=(16, 2, 4, 4)), ValueError, r"\[0\]=16 does not divide SSA's width .* = 20"),
+    (arch(c_ratios=(float('nan'), 1, 1, 1)), ValueError, r"'c_ratios'.*numbers"),
+    (arch(c_ratios=(1, 1, 1, 2)), ValueError, r"arch\['c_ratios'\]\[3\] must be 1"),
+    (arch(mlp_ratios=(0.01, 2, 2, 2)), ValueError, 'leaves the MLP no width'),
+    (arch(ssa_kv=None), ValueError, "'separate' or 'merged', got None"),
+    (dict(in_channels=True), TypeError, 'integer of at least 1, got True'),
+    (dict(out_indices='0123'), TypeError, "out_indices .*got '0123'"),
+    (dict(out_indices=(0, 4)), ValueError, 'out_indices .*0 to 3'),
+    (dict(out_indices=(2, 0)), ValueError, 'ascending'),
+    (dict(out_indices=()), ValueError, 'at least one'),
+    (dict(final_norm='yes'), TypeError, 'final_norm must be True or False'),
+    (dict(final_norm=True, out_indices=(0,)), ValueError, 'final_norm needs stage 3'),
+    (dict(drop_rate=float('nan')), ValueError, r'drop_rate .*\[0, 1\), got nan'),
+    (dict(frozen_stages=5), ValueError, 'frozen_stages must be .* -1 to 4'),
+    (dict(frozen_stages=True), TypeError, 'frozen_stages'),
+    (dict(droppath=0.1), TypeError, "argument 'droppath'"),
 ]
 
 
-@pytest.mark.parametrize(('kwargs', 'text'), BAD_ARGUMENTS)
-def test_bad_arguments_are_named(kwargs, text):
-    with pytest.raises(ValueError, match=text):
+@pytest.mark.parametrize(('kwargs', 'error', 'text'), BAD_ARGUMENTS)
+def test_bad_arguments_are_named(kwargs, error, text):
+    with pytest.raises(error, match=text):
         ScalableViT(**dict(dict(arch=TINY), **kwargs))
+
+
+@pytest.mark.parametrize(
+    ('images', 'error', 'text'),
+    [
+        (torch.zeros(3, 32, 32), ValueError, r'\(B, 3, H, W\).*got \(3, 32, 32\)'),
+        (torch.zeros(0, 3, 32, 32), ValueError, 'none of them empty'),
+        (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), TypeError, 'got torch.uint8'),
+        (torch.zeros(1, 4, 32, 32), ValueError, 'in_channels=3'),
+    ],
+    ids=['no batch', 'empty batch', 'bytes', 'channels'],
+)
+def test_bad_images_are_named(images, error, text):
+    with pytest.raises(error, match=text):
+        ScalableViT(dict(TINY))(images)
 
 
 def test_arch_zoo_serializes_to_json():

@@ -1,5 +1,5 @@
 # Copyright (c) mmscalablevit contributors. All rights reserved.
-"""Wrong arguments, configs and data, each with the sentence it must end in."""
+"""Wrong configs and data, each with the sentence it must end in."""
 
 import builtins
 import json
@@ -20,7 +20,6 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope, init_default_scope
 from PIL import Image
 
-from mmscalablevit import ScalableViT
 from mmscalablevit.checks import config as checks
 from mmscalablevit.checks.config import reordered
 from mmscalablevit.errors import UserError
@@ -30,42 +29,6 @@ TOOLS = ROOT / 'tools'
 DETECTOR = ROOT / 'tests' / 'data' / 'tiny_mask-rcnn.py'
 SEGMENTOR = ROOT / 'tests' / 'data' / 'tiny_upernet.py'
 CLASSES = ('circle', 'square', 'triangle', 'star')
-ARCH = dict(
-    embed_dims=(8, 16, 24, 32),
-    num_heads=(1, 2, 3, 4),
-    depths=(1, 1, 1, 1),
-    c_ratios=(1, 1, 1, 1),
-    sr_ratios=(8, 4, 2, 1),
-    window_sizes=(7, 7, 7, 7),
-    mlp_ratios=(2, 2, 2, 2),
-    ssa_kv='separate',
-)
-
-
-def arch(**changes):
-    return dict(arch=dict(ARCH, **changes))
-
-
-BACKBONE = {
-    'misspelt arch': (dict(arch='smal'), ValueError, r"got 'smal'; did you mean 'small'\?"),
-    'five stages': (arch(depths=(1,) * 5), ValueError, 'must be 4 positive integers, got .1, 1, 1'),
-    'depth bool': (arch(depths=(True, 1, 1, 1)), ValueError, r"arch\['depths'\] .*got \(True"),
-    'zero heads': (arch(num_heads=(0, 2, 3, 4)), ValueError, r"arch\['num_heads'\] must be 4 pos"),
-    'NaN c_ratio': (arch(c_ratios=(float('nan'), 1, 1, 1)), ValueError, r"'c_ratios'.*numbers"),
-    'MLP without width': (arch(mlp_ratios=(0.01, 2, 2, 2)), ValueError, 'leaves the MLP no width'),
-    'ssa_kv None': (arch(ssa_kv=None), ValueError, "'separate' or 'merged', got None"),
-    'in_channels bool': (dict(in_channels=True), TypeError, 'integer of at least 1, got True'),
-    'out_indices text': (dict(out_indices='0123'), TypeError, "out_indices .*got '0123'"),
-    'final_norm text': (dict(final_norm='yes'), TypeError, 'final_norm must be True or False'),
-    'drop_rate NaN': (dict(drop_rate=float('nan')), ValueError, r'drop_rate .*\[0, 1\), got nan'),
-    'frozen_stages bool': (dict(frozen_stages=True), TypeError, 'frozen_stages'),
-    'unknown argument': (dict(droppath=0.1), TypeError, "argument 'droppath'"),
-}
-INPUTS = {
-    'no batch': (torch.zeros(3, 32, 32), ValueError, r'\(B, 3, H, W\).*got \(3, 32, 32\)'),
-    'empty batch': (torch.zeros(0, 3, 32, 32), ValueError, 'none of them empty'),
-    'bytes': (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), TypeError, 'got torch.uint8'),
-}
 BAD = yaml.safe_load((ROOT / 'tests' / 'data' / 'bad_configs.yml').read_text())
 ANNOTATIONS = 'annotations/instances_training.json'
 IMAGE = 'images/training/000001.jpg'
@@ -80,10 +43,10 @@ def remove(name):
     return lambda folder: (folder / name).unlink()
 
 
-def cut(name, share=0.5):
+def cut(name):
     def spoil(folder):
         content = (folder / name).read_bytes()
-        (folder / name).write_bytes(content[: int(len(content) * share)])
+        (folder / name).write_bytes(content[: len(content) // 2])
 
     return spoil
 
@@ -106,17 +69,11 @@ def annotation(**values):
     return edit(lambda content: content['annotations'][0].update(values))
 
 
-def empty(*parts):
-    return edit(lambda content: content.update({part: [] for part in parts}))
-
-
 FILE = '{data}/' + ANNOTATIONS
 DETECTION_DATA = {
     'no annotation file': (remove(ANNOTATIONS), f'train_dataloader: {FILE} does not exist'),
-    'empty annotation file': (write(ANNOTATIONS, b''), f'is not JSON: {FILE}: Expecting value'),
-    'JSON list': (write(ANNOTATIONS, b'[]'), 'has no list of images and no list of annotations'),
     'no images': (
-        empty('images', 'annotations'),
+        edit(lambda content: content.update(images=[], annotations=[])),
         f'{FILE} has no usable entry in (2 times): images, annotations',
     ),
     'bbox of NaN': (annotation(bbox=[float('nan'), 2, 9, 9]), f'{FILE}: bbox is not four numbers'),
@@ -127,7 +84,6 @@ DETECTION_DATA = {
     'missing image': (remove(IMAGE), f"No such file or directory: '{{data}}/{IMAGE}'"),
     'empty image': (write(IMAGE, b''), f'image {{data}}/{IMAGE} cannot be loaded: '),
     'truncated image': (cut(IMAGE), f'image {{data}}/{IMAGE} '),
-    'truncated header': (cut(IMAGE, 0.02), f'image {{data}}/{IMAGE} '),
     'no folder': (
         lambda folder: shutil.rmtree(folder / 'images' / 'training'),
         'train_dataloader: {data}/images/training does not exist',
@@ -185,18 +141,6 @@ TESTED = {
         'label map {data}/annotations/validation/000001.png has 9',
     ),
 }
-
-
-@pytest.mark.parametrize(('kwargs', 'error', 'text'), BACKBONE.values(), ids=BACKBONE)
-def test_backbone_arguments(kwargs, error, text):
-    with pytest.raises(error, match=text):
-        ScalableViT(**dict(dict(arch=ARCH), **kwargs))
-
-
-@pytest.mark.parametrize(('images', 'error', 'text'), INPUTS.values(), ids=INPUTS)
-def test_inputs(images, error, text):
-    with pytest.raises(error, match=text):
-        ScalableViT(ARCH)(images)
 
 
 @pytest.fixture(scope='module')
@@ -307,11 +251,10 @@ def test_data(base, spoil, sentence, said, folder):
 @pytest.mark.parametrize(
     ('base', 'spoil', 'sentence'),
     [
-        (DETECTOR, write(IMAGE, b'text'), f'image {{data}}/{IMAGE} cannot be loaded: '),
         (DETECTOR, remove(IMAGE), f"No such file or directory: '{{data}}/{IMAGE}'"),
         (SEGMENTOR, draw(LABELS, 64, 64, value=6), f'label map {{data}}/{LABELS} has 6; allowed'),
     ],
-    ids=['image', 'missing image', 'label'],
+    ids=['missing image', 'label'],
 )
 def test_faults_in_a_worker(base, spoil, sentence, said, folder):
     spoil(folder)
