@@ -160,32 +160,34 @@ def load_mutant(path, model, before):
     return outcome
 
 
-def fuzz(folder, what, seed, count):
+def mutated(rng, raw, what, kind):
+    if what == 'forged':
+        return rewritten(raw, lambda records: forge(rng, records))
+    return damage(rng, raw, kind)
+
+
+def fuzz(seed, counts):
     """Load mutated files; print how often which outcome was, and by how much memory grew."""
     torch.set_num_threads(1)
-    path = Path(folder) / f'a.{"safetensors" if what == "safetensors" else "pth"}'
-    if what == 'safetensors':
-        save_file(WEIGHTS, path)
-    else:
-        torch.save(training_state(), path, _use_new_zipfile_serialization=what != 'legacy')
-    raw = path.read_bytes()
-    model = backbone(seed=1)
+    model, rng, found, memory = backbone(seed=1), random.Random(seed), {}, None
     before = copied(model.state_dict())
-    assert load_mutant(str(path), model, before) == 'same'
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    rng, found = random.Random(seed), Counter()
-    for i in range(count):
-        kind = list(DAMAGE)[i % len(DAMAGE)]
-        if what == 'forged':
-            mutant = rewritten(raw, lambda records: forge(rng, records))
+    for what, count in counts.items():
+        path = Path(f'a.{"safetensors" if what == "safetensors" else "pth"}')
+        if what == 'safetensors':
+            save_file(WEIGHTS, path)
         else:
-            mutant = damage(rng, raw, kind)
-        path.write_bytes(mutant)
-        # What a crash of the reader leaves to be seen.
-        print(what, i, kind, file=sys.stderr, flush=True)
-        outcome = 'unchanged' if mutant == raw else load_mutant(str(path), model, before)
-        assert what == 'forged' or kind != 'truncate' or outcome == 'refused'
-        found[outcome] += 1
-    path.unlink()
+            torch.save(training_state(), path, _use_new_zipfile_serialization=what != 'legacy')
+        raw, found[what] = path.read_bytes(), Counter()
+        assert load_mutant(str(path), model, before) == 'same'
+        memory = memory or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        for i in range(count):
+            kind = list(DAMAGE)[i % len(DAMAGE)]
+            path.write_bytes(mutant := mutated(rng, raw, what, kind))
+            # What a crash of the reader leaves to be seen.
+            print(what, i, kind, file=sys.stderr, flush=True)
+            outcome = 'unchanged' if mutant == raw else load_mutant(str(path), model, before)
+            assert what == 'forged' or kind != 'truncate' or outcome == 'refused'
+            found[what][outcome] += 1
+        path.unlink()
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory) / 1024
     print(json.dumps([found, grown]))

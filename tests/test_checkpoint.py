@@ -231,14 +231,11 @@ def server(tmp_path, monkeypatch):
         httpd.shutdown()
 
 
-def test_http_url_is_downloaded_once(server, saved):
+def test_http_url_is_downloaded_once_and_failures_are_named(server, saved):
     saved(dense_weights(), 'scalablevit-b.pth')
     for _ in range(2):
         assert_holds(load(f'{server}/scalablevit-b.pth'), dense_weights())
     assert len(Served.requests) == 1
-
-
-def test_http_failures_are_named(server, saved):
     saved({}, 'scalablevit-0123abcd.pth')
     with pytest.raises(CheckpointError, match=r'0123abcd.pth cannot be downloaded \(invalid hash'):
         load(f'{server}/scalablevit-0123abcd.pth')

@@ -91,7 +91,7 @@ def test_the_whole_file_loads(whole, tmp_path, model):
 
 
 def test_every_truncation_is_refused(whole, refuse):
-    for offset in [*range(0, len(whole), len(whole) // 150), *range(len(whole) - 60, len(whole))]:
+    for offset in [*range(0, len(whole), len(whole) // 50), *range(len(whole) - 30, len(whole))]:
         assert 'is damaged' in refuse(whole[:offset])
 
 
@@ -345,17 +345,15 @@ def test_a_loader_of_somebody_else_stays(safe_loader):
 
 # How many files are changed, and which share is refused at least: what carries no information is
 # about a fifth, padding, dates, whatever follows the archive.
-MUTANTS = dict(damaged=(720, 0.7), forged=(150, 0.3), legacy=(45, 0), safetensors=(45, 0))
+MUTANTS = dict(damaged=(320, 0.7), forged=(100, 0.3), legacy=(40, 0), safetensors=(40, 0))
 
 
-@pytest.mark.parametrize('what', MUTANTS)
-@pytest.mark.parametrize('times', [1, pytest.param(10, marks=pytest.mark.long)])
-def test_mutated_files_are_refused_or_whole(what, times, tmp_path):
+@pytest.mark.parametrize('times', [1, pytest.param(20, marks=pytest.mark.long)])
+def test_mutated_files_are_refused_or_whole(times, tmp_path):
     """With checksums no other value of any weight passes; without, a broken structure is found."""
-    count, refused = MUTANTS[what][0] * times, MUTANTS[what][1]
-    arguments = f'".", "{what}", {times}, {count}'
+    counts = {what: count * times for what, (count, _) in MUTANTS.items()}
     process = subprocess.run(
-        [sys.executable, '-W', 'ignore', '-c', f'import hostile; hostile.fuzz({arguments})'],
+        [sys.executable, '-W', 'ignore', '-c', f'import hostile; hostile.fuzz({times}, {counts})'],
         cwd=tmp_path,
         env=dict(os.environ, PYTHONPATH=f'{ROOT}:{ROOT / "tests"}', OMP_NUM_THREADS='1'),
         capture_output=True,
@@ -365,10 +363,11 @@ def test_mutated_files_are_refused_or_whole(what, times, tmp_path):
     # Nothing else was written.
     assert not os.listdir(tmp_path)
     outcomes, grown = json.loads(process.stdout.splitlines()[-1])
-    print(f'{what}: {count} mutated files, {outcomes}')
-    assert outcomes['refused'] > refused * count
+    print(f'{counts} mutated files: {outcomes}')
+    for what, (_, refused) in MUTANTS.items():
+        assert outcomes[what]['refused'] > refused * counts[what]
     assert grown < MEMORY_MIB
-    assert what != 'damaged' or outcomes.keys() <= {'refused', 'same', 'unchanged'}
+    assert outcomes['damaged'].keys() <= {'refused', 'same', 'unchanged'}
 
 
 def test_messages_show_no_control_codes():

@@ -3,18 +3,16 @@
 
 import runpy
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from hostile import WEIGHTS, Payload
-from jobs import draw_shapes, packaged
+from jobs import ROOT, draw_shapes, packaged
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
 from mmscalablevit.errors import CheckpointError
 
-ROOT = Path(__file__).parents[1]
 SEGMENTOR = ROOT / 'tests' / 'data' / 'tiny_upernet.py'
 
 
@@ -75,11 +73,13 @@ def bad(room):
         torch.save(content, room / f'{kind}.pth')
 
 
-# Those that train or test build data sets and model each time: few kinds each.
+# Those that train or test build data sets and model each time: few kinds each; test_tools.py has
+# others.
+RESUME = 'tools/train.py CONFIG --resume FILE --work-dir out'
 COMMANDS = {
-    'tools/test.py CONFIG FILE --work-dir out': 'truncated poisoned code other',
-    'tools/train.py CONFIG --resume FILE --work-dir out': 'flipped doubled',
-    'tools/train.py CONFIG --work-dir out --cfg-options load_from=FILE': 'code poisoned',
+    'tools/test.py CONFIG FILE --work-dir out': 'poisoned other',
+    RESUME: 'flipped doubled',
+    'tools/train.py CONFIG --work-dir out --cfg-options load_from=FILE': 'poisoned',
     'tools/train.py pretrained.py --work-dir out --cfg-options '
     'model.backbone.init_cfg.checkpoint=FILE': 'other',
     f'demo/image_demo.py {IMAGES} CONFIG FILE --out-dir out': ' '.join(REASONS),
@@ -90,9 +90,6 @@ COMMANDS = {
     'tools/model_converters/scalablevit_to_mm.py FILE out/a.pth': 'truncated code other',
     'tools/model_converters/mm_to_scalablevit.py FILE out/a.pth': 'code other listed',
 }
-
-
-RESUME = 'tools/train.py CONFIG --resume FILE --work-dir out'
 
 
 def refusal(monkeypatch, room, command, file):
@@ -118,7 +115,7 @@ def test_every_command_line_refuses_in_one_sentence(room, bad, monkeypatch, comm
     assert not list(room.glob('out/*.pth'))
 
 
-@pytest.mark.parametrize('kind', ['truncated', 'poisoned', 'code'])
+@pytest.mark.parametrize('kind', ['truncated', 'code'])
 def test_train_py_of_mmseg_refuses(room, bad, monkeypatch, kind):
     """As its authors wrote it; test_tools.py has mmdet's."""
     monkeypatch.chdir(room)

@@ -1,7 +1,6 @@
 # Copyright (c) mmscalablevit contributors. All rights reserved.
 """The metadata of the models: every config is in it, with the published results."""
 
-import functools
 import re
 from pathlib import Path
 
@@ -75,15 +74,15 @@ def published():
     return results
 
 
-@functools.cache
-def metafiles():
-    index = yaml.safe_load((ROOT / 'model-index.yml').read_text())
-    assert list(index) == ['Import']
-    return {name: yaml.safe_load((ROOT / name).read_text()) for name in index['Import']}
-
-
-def models():
-    return [model for metafile in metafiles().values() for model in metafile['Models']]
+INDEX = yaml.safe_load((ROOT / 'model-index.yml').read_text())
+METAFILES = {name: yaml.safe_load((ROOT / name).read_text()) for name in INDEX['Import']}
+MODEL_ENTRIES = [model for metafile in METAFILES.values() for model in metafile['Models']]
+COLLECTIONS = {
+    entry['Name']: entry
+    for metafile in METAFILES.values()
+    for entry in metafile.get('Collections', [])
+}
+MODEL_NAMES = [model['Name'] for model in MODEL_ENTRIES]
 
 
 def metrics(model):
@@ -96,14 +95,12 @@ def metrics(model):
     return found
 
 
-MODEL_NAMES = [model['Name'] for model in models()]
-
-
 def test_every_config_has_one_entry_in_the_metafile_of_its_folder():
-    assert list(metafiles()) == [f'configs/{folder}/metafile.yml' for folder in FOLDERS]
-    assert sorted(model['Config'] for model in models()) == CONFIGS
+    assert list(INDEX) == ['Import']
+    assert list(METAFILES) == [f'configs/{folder}/metafile.yml' for folder in FOLDERS]
+    assert sorted(model['Config'] for model in MODEL_ENTRIES) == CONFIGS
     assert len(set(MODEL_NAMES)) == len(MODEL_NAMES)
-    for path, metafile in metafiles().items():
+    for path, metafile in METAFILES.items():
         folders = {str(Path(model['Config']).parent) for model in metafile['Models']}
         assert folders == {str(Path(path).parent)}
 
@@ -112,7 +109,7 @@ def test_results_are_those_of_the_tables_and_name_their_source():
     wanted = published()
     assert len(wanted) == 23
     assert set(wanted) < set(MODEL_NAMES)
-    for model in models():
+    for model in MODEL_ENTRIES:
         name, source = model['Name'], model['Metadata']['Results Source']
         assert metrics(model) == wanted.get(name, {}), name
         if name in SOURCES:
@@ -121,14 +118,11 @@ def test_results_are_those_of_the_tables_and_name_their_source():
             assert source == (AUTHORS if name in wanted else NONE)
 
 
-@pytest.mark.parametrize('model', models(), ids=MODEL_NAMES)
+@pytest.mark.parametrize('model', MODEL_ENTRIES, ids=MODEL_NAMES)
 def test_entry_is_complete_and_agrees_with_its_config(model):
     assert set(model) <= {'Name', 'In Collection', 'Config', 'Metadata', 'Results'}
     assert model['Name'] == Path(model['Config']).stem
-    collections = [
-        entry for metafile in metafiles().values() for entry in metafile.get('Collections', [])
-    ]
-    (collection,) = [entry for entry in collections if entry['Name'] == model['In Collection']]
+    collection = COLLECTIONS[model['In Collection']]
     assert re.fullmatch(r'https://arxiv\.org/abs/\d{4}\.\d{5}', collection['Paper']['URL'])
 
     cfg = Config.fromfile(ROOT / model['Config'])
@@ -155,16 +149,16 @@ def test_entry_is_complete_and_agrees_with_its_config(model):
 
 def test_variants_name_the_recipe_they_vary():
     variants = {
-        m['Name']: m['Metadata']['Variant Of'] for m in models() if 'layer-decay' in m['Name']
+        m['Name']: m['Metadata']['Variant Of'] for m in MODEL_ENTRIES if 'layer-decay' in m['Name']
     }
 
     assert variants == {name: name.replace('layer-decay-', '') for name in variants}
     assert set(variants.values()) < set(MODEL_NAMES)
-    assert {m['Name'] for m in models() if 'Variant Of' in m['Metadata']} == set(variants)
+    assert {m['Name'] for m in MODEL_ENTRIES if 'Variant Of' in m['Metadata']} == set(variants)
 
 
 # Those of detection and segmentation: tests/test_configs.py, which builds them anyway.
-@pytest.mark.parametrize('model', [m for m in models() if 'classification' in m['Config']])
+@pytest.mark.parametrize('model', [m for m in MODEL_ENTRIES if 'classification' in m['Config']])
 def test_parameters_of_classifiers_are_the_computed_ones(model):
     pytest.importorskip('mmpretrain.models')
 

@@ -1,15 +1,12 @@
 # Copyright (c) mmscalablevit contributors. All rights reserved.
 """Logits that half precision cannot hold, mixed-precision trainings, and bit-equal trainings."""
 
-import json
 import math
-import statistics
-from pathlib import Path
 
 import pytest
 import torch
-from golden import load_reference, reference_input, relative_error
-from jobs import draw_shapes, job_environment, run_tool
+from golden import TINY, load_reference, reference_input, relative_error
+from jobs import ROOT, draw_shapes, job_environment, run_tool, scalars
 from plain import plain_forward
 
 from mmscalablevit import ScalableViT
@@ -19,22 +16,6 @@ from mmscalablevit.models.attention import (
     fused_attention,
 )
 
-ROOT = Path(__file__).parents[1]
-DEMOS = {
-    'detector': 'mask-rcnn_scalablevit-demo_fpn_shapes.py',
-    'segmentor': 'scalablevit-demo_upernet_shapes-128x128.py',
-}
-ARCH = dict(
-    embed_dims=(16, 32, 32, 64),
-    num_heads=(2, 2, 4, 4),
-    depths=(2, 2, 2, 2),
-    # Values narrower than keys, as wide, wider, and no reduction.
-    c_ratios=(1.25, 1, 0.75, 1),
-    sr_ratios=(8, 4, 2, 1),
-    window_sizes=(7, 5, 7, 3),
-    mlp_ratios=(4, 2, 4, 4),
-    ssa_kv='separate',
-)
 # About ten roundings.
 TOLERANCES = {torch.float16: 0.01, torch.bfloat16: 0.05}
 # A query and a key that hold this twice have a product of more than 65504, float16's largest.
@@ -113,7 +94,7 @@ def raise_logits(model):
 
 
 def network(kv, change, **kwargs):
-    arch = dict(ARCH, ssa_kv=kv)
+    arch = dict(TINY, ssa_kv=kv)
     model = load_reference(ScalableViT(arch, **kwargs))
     change(model)
     return model, arch
@@ -152,90 +133,27 @@ def test_network_with_large_logits_is_close_to_float32(dtype, kv):
     assert error < TOLERANCES[dtype]
 
 
-@pytest.fixture(scope='module')
-def few_shapes(tmp_path_factory):
-    return folder_of_shapes(tmp_path_factory, 24, 4)
-
-
-@pytest.fixture(scope='module')
-def shapes(tmp_path_factory):
-    return folder_of_shapes(tmp_path_factory, 2000, 100)
-
-
-def folder_of_shapes(tmp_path_factory, num_train, num_val):
-    """A folder with the demo's data set where its configs look for it."""
-    folder = tmp_path_factory.mktemp('folder')
-    draw_shapes(folder / 'data' / 'shapes', num_train, num_val, size=128)
-    return folder
-
-
-def train(folder, name, demo, iterations, *options, amp=False, threads=1):
-    """Train a demo model: the losses of every iteration, the metrics, the last checkpoint."""
-    settings = {
-        'train_cfg.max_iters': iterations,
-        'train_cfg.val_interval': iterations,
-        'default_hooks.checkpoint.interval': iterations,
-        'default_hooks.logger.interval': 1,
-        'log_processor.window_size': 1,
-    }
-    tool, config = ROOT / 'tools' / 'train.py', ROOT / 'configs' / 'demo' / DEMOS[demo]
-    options = [*options, *(f'{key}={value}' for key, value in settings.items())]
-    command = [tool, config, '--work-dir', name, *['--amp'] * amp, '--cfg-options', *options]
-    run_tool(command, folder, job_environment(folder, threads))
-
-    log = next((folder / name).glob('*/vis_data/scalars.json'))
-    *steps, metrics = [json.loads(line) for line in log.read_text().splitlines()]
-    assert [step['step'] for step in steps] == list(range(1, iterations + 1))
-    losses = [[v for k, v in step.items() if 'loss' in k or k == 'grad_norm'] for step in steps]
-    state = torch.load(folder / name / f'iter_{iterations}.pth', weights_only=False)
-    return losses, metrics, state
-
-
 @pytest.mark.parametrize(
-    ('demo', 'amp'),
+    ('config', 'amp'),
     [
-        ('segmentor', False),
-        pytest.param('segmentor', True, marks=pytest.mark.long),
-        pytest.param('detector', False, marks=pytest.mark.long),
-        pytest.param('detector', True, marks=pytest.mark.long),
+        ('tiny_upernet.py', True),
+        *(pytest.param('tiny_mask-rcnn.py', amp, marks=pytest.mark.long) for amp in (False, True)),
     ],
 )
-def test_deterministic_trainings_are_bit_equal(few_shapes, demo, amp):
-    runs = [
-        train(few_shapes, name, demo, 3, 'randomness.deterministic=True', amp=amp, threads=2)
-        for name in (f'{demo} {amp}', f'{demo} {amp} again')
-    ]
-    (losses, _, checkpoint), (losses_again, _, checkpoint_again) = runs
-    assert math.isfinite(sum(map(sum, losses)))
+def test_deterministic_trainings_are_bit_equal(config, amp, tmp_path):
+    draw_shapes(tmp_path / 'shapes', num_train=8, num_val=1)
+    options = ['--cfg-options', 'randomness.deterministic=True', 'log_processor.window_size=1']
+    runs = []
+    for folder in ('first', 'second'):
+        command = [ROOT / 'tools' / 'train.py', ROOT / 'tests' / 'data' / config]
+        command += ['--work-dir', folder, *['--amp'] * amp, *options]
+        run_tool(command, tmp_path, job_environment(tmp_path, threads=2))
+        losses = [step['loss'] for step in scalars(tmp_path / folder)[0]]
+        (file,) = (tmp_path / folder).glob('[ei]*_*.pth')
+        runs.append((losses, torch.load(file, weights_only=False)))
+    (losses, checkpoint), (losses_again, checkpoint_again) = runs
+    assert len(losses) == 4
+    assert math.isfinite(sum(losses))
     assert losses == losses_again
     for key in ('state_dict', 'optimizer'):
         torch.testing.assert_close(checkpoint_again[key], checkpoint[key], rtol=0, atol=0)
-
-
-METRICS = {'detector': ['coco/bbox_mAP', 'coco/segm_mAP'], 'segmentor': ['mIoU']}
-NUM_SEEDS = 3
-# Of Student's distribution with the four degrees of freedom that two times three runs leave: a
-# difference beyond this many standard errors would be chance once in a hundred times.
-T_VALUE = 4.6
-
-
-@pytest.mark.long
-@pytest.mark.parametrize('demo', DEMOS)
-def test_mixed_precision_reaches_the_same(shapes, demo):
-    def metrics_of(seed, amp):
-        name = f'{demo} {"amp" if amp else "float32"} {seed}'
-        options = ['param_scheduler.1.end=500', f'randomness.seed={seed}']
-        losses, metrics, _ = train(shapes, name, demo, 500, *options, amp=amp)
-        assert math.isfinite(sum(map(sum, losses)))
-        return metrics
-
-    runs = {amp: [metrics_of(seed, amp) for seed in range(NUM_SEEDS)] for amp in (False, True)}
-    for metric in METRICS[demo]:
-        full, mixed = ([run[metric] for run in runs[amp]] for amp in (False, True))
-        difference = statistics.mean(mixed) - statistics.mean(full)
-        error = math.sqrt((statistics.variance(full) + statistics.variance(mixed)) / NUM_SEEDS)
-        print(
-            f'{metric} of {NUM_SEEDS} seeds: {full} in float32, {mixed} with --amp; the means '
-            f'differ by {difference:.4g} with a standard error of {error:.4g}'
-        )
-        assert abs(difference) < T_VALUE * error

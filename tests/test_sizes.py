@@ -106,7 +106,7 @@ def assert_plain(net, arch, x, tolerance, **norms):
         sides = [math.ceil(side / 2) for side in sides]
 
 
-@number_of_cases(16, 280)
+@number_of_cases(10, 280)
 def test_presets_and_drawn_archs_equal_the_plain_formulas(number):
     def check(arch, size, batch, pixels, training, dtype, stage_norm, final_norm):
         norms = dict(stage_norm=stage_norm, final_norm=final_norm)

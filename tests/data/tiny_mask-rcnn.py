@@ -1,9 +1,9 @@
 # Copyright (c) mmscalablevit contributors. All rights reserved.
-_base_ = '../../configs/detection/mask-rcnn_scalablevit-s_fpn_1x_coco.py'
+_base_ = ['../../configs/detection/mask-rcnn_scalablevit-s_fpn_1x_coco.py', 'tiny_arch.py']
 
 data_root = '{{$SHAPES_ROOT:data/shapes}}/'
 metainfo = dict(classes=('circle', 'square', 'triangle', 'star'))
-embed_dims = [16, 16, 32, 32]
+embed_dims = _base_.tiny_arch.embed_dims
 
 
 def at_64_pixels(pipeline):
@@ -13,17 +13,7 @@ def at_64_pixels(pipeline):
 model = dict(
     backbone=dict(
         init_cfg=None,
-        arch=dict(
-            _delete_=True,
-            embed_dims=embed_dims,
-            num_heads=[1, 1, 2, 2],
-            depths=[2, 2, 2, 1],
-            c_ratios=[1, 1, 1, 1],
-            sr_ratios=[8, 4, 2, 1],
-            window_sizes=[7, 7, 7, 7],
-            mlp_ratios=[2, 2, 2, 2],
-            ssa_kv='merged',
-        ),
+        arch=dict(_base_.tiny_arch, _delete_=True, ssa_kv='merged'),
     ),
     neck=dict(in_channels=embed_dims, out_channels=16),
     rpn_head=dict(in_channels=16, feat_channels=16),

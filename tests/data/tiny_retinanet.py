@@ -1,22 +1,12 @@
 # Copyright (c) mmscalablevit contributors. All rights reserved.
-_base_ = '../../configs/detection/retinanet_scalablevit-s_fpn_1x_coco.py'
+_base_ = ['../../configs/detection/retinanet_scalablevit-s_fpn_1x_coco.py', 'tiny_arch.py']
 
 data_root = '{{$SHAPES_ROOT:data/shapes}}/'
-embed_dims = [16, 16, 32, 32]
+embed_dims = _base_.tiny_arch.embed_dims
 model = dict(
     backbone=dict(
         init_cfg=None,
-        arch=dict(
-            _delete_=True,
-            embed_dims=embed_dims,
-            num_heads=[1, 1, 2, 2],
-            depths=[1, 1, 1, 1],
-            c_ratios=[1, 1, 1, 1],
-            sr_ratios=[8, 4, 2, 1],
-            window_sizes=[7, 7, 7, 7],
-            mlp_ratios=[2, 2, 2, 2],
-            ssa_kv='merged',
-        ),
+        arch=dict(_base_.tiny_arch, _delete_=True, ssa_kv='merged', depths=[1, 1, 1, 1]),
     ),
     neck=dict(in_channels=embed_dims, out_channels=16),
     bbox_head=dict(in_channels=16, feat_channels=16, num_classes=4),

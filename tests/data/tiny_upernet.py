@@ -1,7 +1,10 @@
 # Copyright (c) mmscalablevit contributors. All rights reserved.
-_base_ = '../../configs/segmentation/scalablevit-s_upernet_8xb2-160k_ade20k-512x512.py'
+_base_ = [
+    '../../configs/segmentation/scalablevit-s_upernet_8xb2-160k_ade20k-512x512.py',
+    'tiny_arch.py',
+]
 
-embed_dims = [16, 16, 32, 32]
+embed_dims = _base_.tiny_arch.embed_dims
 dataset = dict(
     type='BaseSegDataset',
     data_root='{{$SHAPES_ROOT:data/shapes}}',
@@ -26,17 +29,7 @@ model = dict(
     data_preprocessor=dict(size=(64, 64)),
     backbone=dict(
         init_cfg=None,
-        arch=dict(
-            _delete_=True,
-            embed_dims=embed_dims,
-            num_heads=[1, 1, 2, 2],
-            depths=[2, 2, 2, 1],
-            c_ratios=[1, 1, 1, 1],
-            sr_ratios=[8, 4, 2, 1],
-            window_sizes=[7, 7, 7, 7],
-            mlp_ratios=[2, 2, 2, 2],
-            ssa_kv='separate',
-        ),
+        arch=dict(_base_.tiny_arch, _delete_=True, ssa_kv='separate'),
     ),
     decode_head=dict(in_channels=embed_dims, channels=16, num_classes=5),
     auxiliary_head=dict(in_channels=embed_dims[2], channels=16, num_classes=5),
