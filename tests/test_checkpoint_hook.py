@@ -15,10 +15,12 @@ from mmscalablevit.engine.checkpoint_hook import AtomicLocalBackend
 from mmscalablevit.errors import CheckpointError
 from mmscalablevit.work_dirs import find_checkpoint
 
-SAVE_BEST = {
-    'default_hooks.checkpoint.save_best': 'score',
-    'default_hooks.checkpoint.rule': 'greater',
-}
+
+def scored_runner(folder):
+    best = {'save_best': 'score', 'rule': 'greater'}
+    runner = toy_runner(folder, **{f'default_hooks.checkpoint.{k}': v for k, v in best.items()})
+    runner.register_hook(_ScoreHook())
+    return runner
 
 
 def test_best_checkpoint_is_replaced_after_the_next_is_whole(tmp_path, monkeypatch):
@@ -30,8 +32,7 @@ def test_best_checkpoint_is_replaced_after_the_next_is_whole(tmp_path, monkeypat
         unlink(path)
 
     monkeypatch.setattr(os, 'unlink', unlink_if_there_is_another)
-    runner = toy_runner(tmp_path, **SAVE_BEST)
-    runner.register_hook(_ScoreHook())
+    runner = scored_runner(tmp_path)
     runner.train()
 
     assert [sorted(there) for there in iterations] == [[4, 8], [8, 12]]
@@ -43,8 +44,7 @@ def test_best_checkpoint_of_another_folder_is_not_removed(tmp_path):
     other = tmp_path / 'other' / 'best_score_iter_2.pth'
     other.parent.mkdir()
     other.touch()
-    runner = toy_runner(tmp_path / 'here', **SAVE_BEST)
-    runner.register_hook(_ScoreHook())
+    runner = scored_runner(tmp_path / 'here')
     runner.message_hub.update_info('best_ckpt', str(other))
     runner.train()
 
@@ -53,8 +53,7 @@ def test_best_checkpoint_of_another_folder_is_not_removed(tmp_path):
 
 
 def test_best_checkpoint_stays_where_the_next_cannot_be_written(tmp_path):
-    runner = toy_runner(tmp_path, **SAVE_BEST)
-    runner.register_hook(_ScoreHook())
+    runner = scored_runner(tmp_path)
     (tmp_path / 'best_score_iter_8.pth.tmp').symlink_to('/dev/full')
     with pytest.raises(OSError, match=r'No space left on device: .*best_score_iter_8\.pth'):
         runner.train()

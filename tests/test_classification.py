@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+import yaml
 from golden import REFERENCE, TINY, read_json, reference_input, reference_state, relative_error
 from jobs import ROOT, packaged, run_tool
 from mmengine.config import Config
@@ -26,6 +27,7 @@ from mmscalablevit.errors import CheckpointError  # noqa: E402
 from mmscalablevit.models.cls_head import ScalableViTClsHead  # noqa: E402
 
 CONFIGS = ROOT / 'configs' / 'classification'
+METAFILE = yaml.safe_load((CONFIGS / 'metafile.yml').read_text())
 SEEDS = dict(small=401, base=402, large=403)
 TINY_CONFIG = """
 _base_ = ['{base}']
@@ -73,6 +75,9 @@ def test_golden_logits(variant):
     """Each config's classifier, holding the authors' tensors, gives the authors' numbers."""
     with torch.device('meta'):
         model = MODELS.build(config_of(variant).model)
+    (entry,) = (model for model in METAFILE['Models'] if model['Name'] == config_path(variant).stem)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert entry['Metadata']['Parameters'] == round(count, -4)
     official = reference_state(read_json(f'state_dict_keys_{variant}.json'))
     state = {
         name.replace('head.', 'head.fc.', 1) if name.startswith('head.') else f'backbone.{name}': t

@@ -90,12 +90,12 @@ def layers_below_head(name):
 @pytest.mark.parametrize(
     ('name', 'options', 'widths', 'stem'),
     [
-        (DETECTION, {}, {'model.neck.in_channels': TINY['embed_dims']}, 4.3046721e-05),
+        (DETECTION, {}, {'model.neck.in_channels': list(TINY['embed_dims'])}, 4.3046721e-05),
         (
             SEGMENTATION,
             {},
             {
-                'model.decode_head.in_channels': TINY['embed_dims'],
+                'model.decode_head.in_channels': list(TINY['embed_dims']),
                 'model.auxiliary_head.in_channels': 32,
                 'model.decode_head.channels': 8,
                 'model.auxiliary_head.channels': 8,

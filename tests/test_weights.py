@@ -194,19 +194,6 @@ def test_the_backbone_starts_from_them(drive):
         assert name.startswith('norm_list.') or torch.equal(tensor, wanted[name])
 
 
-def test_the_other_variant_is_named_with_the_line_that_mends_it(drive):
-    with torch.device('meta'):
-        merged = ScalableViT('small-merged', stage_norm=None, final_norm=True)
-    state = {k: torch.zeros(v.shape) for k, v in merged.state_dict().items()}
-    torch.save(dict(model=state), buffer := io.BytesIO())
-    drive.files[RELEASED['small'].weights] = buffer.getvalue()
-    model = ScalableViT('small', init_cfg=dict(type='Pretrained', checkpoint='scalablevit://small'))
-    with pytest.raises(
-        CheckpointError, match=r'use --cfg-options model.backbone.arch=small-merged'
-    ):
-        model.init_weights()
-
-
 def test_mmengines_loader_gives_an_mmpretrain_classifier(drive):
     content = CheckpointLoader.load_checkpoint('scalablevit://small', 'cpu')
     wanted = reference_state(read_json('state_dict_keys_small.json'))
