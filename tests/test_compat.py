@@ -161,10 +161,7 @@ def test_two_families_in_one_environment_are_named(versions, recwarn):
     [
         ('2.4.1', 'torchvision==0.19.1'),
         ('2.14.1', 'torchvision==0.29.1'),
-        (
-            '2.13.0+cpu',
-            'torchvision==0.28.0 --index-url https://download.pytorch.org/whl/cpu',
-        ),
+        ('2.13.0+cpu', 'torchvision==0.28.0 --index-url https://download.pytorch.org/whl/cpu'),
     ],
 )
 def test_torchvision_that_fits(versions, torch_version, wanted):

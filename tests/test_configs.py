@@ -302,19 +302,21 @@ def test_data_is_in_the_standard_places(name):
     train, val = cfg.train_dataloader.dataset, cfg.val_dataloader.dataset
 
     assert cfg.test_dataloader == cfg.val_dataloader
+    coco = 'annotations/instances_{}2017.json'
+    ade = dict(img_path='images', seg_map_path='annotations')
     if name in DETECTION:
-        for dataset, part in ((train, 'train2017'), (val, 'val2017')):
+        for dataset, part in ((train, 'train'), (val, 'val')):
             assert dataset.data_root == 'data/coco/'
-            assert dataset.ann_file == f'annotations/instances_{part}.json'
-            assert dataset.data_prefix.img == f'{part}/'
-        assert cfg.val_evaluator.ann_file == 'data/coco/annotations/instances_val2017.json'
-        wanted = ['bbox', 'segm'] if 'mask-rcnn' in name else 'bbox'
-        assert cfg.val_evaluator.metric == wanted
+            assert (dataset.ann_file, dataset.data_prefix.img) == (
+                coco.format(part),
+                f'{part}2017/',
+            )
+        assert cfg.val_evaluator.ann_file == 'data/coco/' + coco.format('val')
+        assert cfg.val_evaluator.metric == (['bbox', 'segm'] if 'mask-rcnn' in name else 'bbox')
         return
     for dataset, part in ((train, 'training'), (val, 'validation')):
         assert dataset.data_root == 'data/ade/ADEChallengeData2016'
-        folders = dict(img_path=f'images/{part}', seg_map_path=f'annotations/{part}')
-        assert dataset.data_prefix == folders
+        assert dataset.data_prefix == {key: f'{folder}/{part}' for key, folder in ade.items()}
     assert cfg.val_evaluator == dict(type='IoUMetric', iou_metrics=['mIoU'])
 
 

@@ -23,13 +23,8 @@ ASSIGNED = {
     ('checkpoint/reading.py', 'left._metadata'): 'a state dict made there, as torch makes them',
     ('cli.py', "os.environ.setdefault('LOCAL_RANK'"): 'set once, as all OpenMMLab tools do',
     ('engine/hosts.py', 'os.environ'): "torch's interface, set once, as mmengine's launchers do",
-    ('engine/seed_hook.py', 'setattr(self.dataset, name, value)'): (
-        'a wrapper hands on what others assign to it'
-    ),
-    (
-        '_moved.py',
-        'setattr(sys.modules[parent], child, sys.modules[name])',
-    ): 'modules of this package',
+    ('engine/seed_hook.py', 'setattr(self.dataset, name'): 'a wrapper hands on what others assign',
+    ('_moved.py', 'setattr(sys.modules[parent]'): 'modules of this package',
 }
 # Objects of this package that modules fill: configs and records.
 OWN = {'self', 'cls', 'cfg', 'run', 'args'}

@@ -53,14 +53,6 @@ def step_twice(model):
         wrapped(torch.rand(1, 3, 64, 64)).backward()
 
 
-def test_an_unused_parameter_is_an_error(group):
-    model = WithNeck()
-    model.backbone.unused = nn.Parameter(torch.zeros(1))
-
-    with pytest.raises(RuntimeError, match='Expected to have finished reduction'):
-        step_twice(model)
-
-
 @pytest.mark.parametrize('with_cp', [False, True])
 @pytest.mark.parametrize('frozen_stages', range(-1, 5))
 @pytest.mark.parametrize(
