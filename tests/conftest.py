@@ -1,13 +1,12 @@
 # Copyright (c) mmscalablevit contributors. All rights reserved.
-"""The order of the tests, and the fixture of the converters."""
+"""The order of the tests, and fixtures of those that run tools."""
 
 import runpy
 import sys
-from pathlib import Path
 
+import plain_configs  # noqa: F401
 import pytest
-
-CONVERTERS = Path(__file__).parents[1] / 'tools' / 'dataset_converters'
+from jobs import ROOT, draw_shapes, job_environment
 
 # Minutes each: they start first, so that no worker of pytest-xdist ends long after the others.
 SLOW = ['test_launchers', 'test_custom_dataset', 'test_distributed', 'test_train_all', 'test_tools']
@@ -18,20 +17,40 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: rank.get(item.path.stem, len(SLOW)))
 
 
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    """A folder to work in, with the demo's data set in ``shapes``."""
+    folder = tmp_path_factory.mktemp('work')
+    draw_shapes(folder / 'shapes')
+    return folder
+
+
+@pytest.fixture(scope='module')
+def environment(folder):
+    """Variables of a job that trains on these shapes."""
+    return job_environment(folder)
+
+
 @pytest.fixture
-def convert(tmp_path, monkeypatch, capsys):
-    """Call a converter in a folder; its exit code or sentence, and what it printed."""
+def call(tmp_path, monkeypatch, capsys):
+    """Run a tool in this process, in a folder; its exit code or sentence, and what it printed."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(CONVERTERS))
 
     def call(tool, *arguments):
-        monkeypatch.setattr(sys, 'argv', [tool, *map(str, arguments)])
+        monkeypatch.setattr(sys, 'argv', [str(ROOT / tool), *map(str, arguments)])
+        monkeypatch.syspath_prepend(str((ROOT / tool).parent))
         code = 0
         try:
-            runpy.run_path(str(CONVERTERS / tool), run_name='__main__')
+            runpy.run_path(sys.argv[0], run_name='__main__')
         except SystemExit as error:
             code = error.code
         said = capsys.readouterr()
         return code, said.out + said.err
 
     return call
+
+
+@pytest.fixture
+def convert(call):
+    """Run a converter of data sets."""
+    return lambda tool, *arguments: call(f'tools/dataset_converters/{tool}', *arguments)

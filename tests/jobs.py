@@ -18,6 +18,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from PIL import Image
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
@@ -29,6 +30,18 @@ def draw_shapes(folder: Path, num_train: int = 8, num_val: int = 4, size: int = 
     tool['write_shapes'](folder, num_train, num_val, size)
 
 
+def write_image(path: Path, size: tuple[int, int] = (40, 30), **options) -> None:
+    """Save random pixels, of a width and height, into a folder that is made."""
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    write_map(path, pixels, **options)
+
+
+def write_map(path: Path, labels: np.ndarray, **options) -> None:
+    """Save a label map, or another array, into a folder that is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(labels).save(path, **options)
+
+
 def load_tool(path: str) -> ModuleType:
     """Import a script such as 'tools/train.py', as other code could if it were a module."""
     spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
@@ -38,14 +51,14 @@ def load_tool(path: str) -> ModuleType:
     return module
 
 
-def job_environment(room: Path, threads: int = 1) -> dict[str, str]:
-    """Variables of a job on the CPU that takes its data from ``room/shapes``."""
+def job_environment(folder: Path, threads: int = 1) -> dict[str, str]:
+    """Variables of a job on the CPU that takes its data from ``folder/shapes``."""
     return {
         **os.environ,
         'PATH': os.pathsep.join([str(Path(sys.executable).parent), os.environ['PATH']]),
         # The tests, too, as configs import hooks of theirs.
         'PYTHONPATH': os.pathsep.join([str(ROOT), str(TESTS)]),
-        'SHAPES_ROOT': str(room / 'shapes'),
+        'SHAPES_ROOT': str(folder / 'shapes'),
         'CUDA_VISIBLE_DEVICES': '',
         'OMP_NUM_THREADS': str(threads),
         # Where cores are shared, threads that wait by spinning take them from each other.

@@ -7,6 +7,7 @@ import signal
 import time
 from pathlib import Path
 
+import plain_configs  # noqa: F401
 from mmengine.dist import get_rank
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS, TASK_UTILS
@@ -26,30 +27,19 @@ class RecordLosses(Hook):
 
 
 @HOOKS.register_module()
-class KillRank(Hook):
-    """Ends one rank as the kernel does where memory is short, in the second iteration of a loop."""
+class EndRank(Hook):
+    """Ends one rank in the second iteration of a loop, as the kernel does or by an error."""
 
-    def __init__(self, rank, stage):
-        self.rank = rank
-        self.stage = stage
+    def __init__(self, rank, stage, raises=False):
+        self.place = rank, stage, 1
+        self.raises = raises
 
     def _before_iter(self, runner, batch_idx, data_batch=None, mode='train'):
-        if (get_rank(), mode, batch_idx) == (self.rank, self.stage, 1):
-            (Path(runner.work_dir) / 'killed').touch()
+        if (get_rank(), mode, batch_idx) == self.place:
+            (Path(runner.work_dir) / 'ended').touch()
+            if self.raises:
+                raise ZeroDivisionError(f'of rank {get_rank()}')
             os.kill(os.getpid(), signal.SIGKILL)
-
-
-@HOOKS.register_module()
-class FailRank(Hook):
-    """Raises in one rank, in the second iteration of the training."""
-
-    def __init__(self, rank):
-        self.rank = rank
-
-    def before_train_iter(self, runner, batch_idx, data_batch=None):
-        if (get_rank(), batch_idx) == (self.rank, 1):
-            (Path(runner.work_dir) / 'failed').touch()
-            raise ZeroDivisionError(f'of rank {self.rank}')
 
 
 @HOOKS.register_module()

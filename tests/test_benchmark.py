@@ -26,15 +26,14 @@ def result(model, seconds, gflops=None, memory=None):
 
 def test_measures_and_writes(tmp_path, monkeypatch, capsys):
     where = ('--sizes', '2x96x64', '--modes', 'inference', '--rounds', 2, '--out', tmp_path / 'out')
-    run(monkeypatch, '--models', 'small', 'plain', *where)
+    run(monkeypatch, '--models', 'small', *where)
     assert f'Wrote {tmp_path}/out/benchmark.json' in capsys.readouterr().out
     results = json.loads((tmp_path / 'out' / 'benchmark.json').read_text())['results']
 
-    assert [r['model'] for r in results] == ['small', 'plain', benchmark.MATMUL]
+    assert [r['model'] for r in results] == ['small', benchmark.MATMUL]
     assert all(len(r['seconds']) == 2 and min(r['seconds']) > 0 for r in results)
     # Of a process of its own, with torch in it.
-    memory = [r['memory'] for r in results if r['model'] != benchmark.MATMUL]
-    assert all(100 < value < 4000 for value in memory)
+    assert 100 < results[0]['memory'] < 4000
     assert 'inference float32 2x96x64' in (tmp_path / 'out' / 'benchmark.md').read_text()
 
 
@@ -48,16 +47,21 @@ def test_a_training_step_updates_the_weights(name):
     assert any(not torch.equal(a, b) for a, b in zip(before, step.model.parameters(), strict=True))
 
 
-def test_plain_and_ours_compute_the_same():
+@pytest.mark.parametrize('names', [('small', 'plain'), ('swin-t', 'swin-t:fused')])
+def test_variants_compute_the_same(names):
     outs = []
-    for name in ('small', 'plain'):
+    for name in names:
         model = benchmark.build(name).eval()
-        torch.manual_seed(1)
+        # Of the windows of Swin some are shifted, and their biases not zero.
+        generator = torch.Generator().manual_seed(0)
+        if 'swin-t' in names:
+            for parameter in model.parameters():
+                torch.nn.init.normal_(parameter, std=0.1, generator=generator.manual_seed(0))
         with torch.no_grad():
-            outs.append(model(torch.rand(1, 3, 64, 96)))
+            outs.append(model(torch.rand(2, 3, 64, 96, generator=generator.manual_seed(1))))
 
-    for a, b in zip(*outs, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    for one, other in zip(*outs, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
 
 
 def test_operations_are_those_of_the_papers():
@@ -81,21 +85,6 @@ def test_table_compares_with_the_first_model_and_the_matrix_product():
     assert plain[:6] == ['plain', '3.000', '0.3333', '2.50 (2.00 to 3.00)', '1000', '2.00']
     assert small[6:8] == ['80', '80%']
     assert matmul[6:8] == ['100', '100%']
-
-
-def test_fused_windows_of_swin_compute_the_same():
-    outs = []
-    for name in ('swin-t', 'swin-t:fused'):
-        model = benchmark.build(name)
-        model.eval()
-        for parameter in model.parameters():
-            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
-        with torch.no_grad():
-            # Windows that are shifted, of two images.
-            outs.append(model(torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(1))))
-
-    for fused, out in zip(*outs, strict=True):
-        torch.testing.assert_close(fused, out, atol=1e-4, rtol=1e-3)
 
 
 def test_share_of_the_backbone_in_a_whole_model():

@@ -2,14 +2,11 @@
 """Data sets in PASCAL VOC's layout are checked and train; findings and label values."""
 
 import json
-import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from doc_blocks import environment
+from jobs import ROOT, run_tool, write_image
 from mmengine.dataset import BaseDataset
 from PIL import Image
 
@@ -18,7 +15,6 @@ from mmscalablevit.checks.label_maps import LabelRule
 from mmscalablevit.engine.seed_hook import SeededDataset
 from mmscalablevit.errors import DataError
 
-ROOT = Path(__file__).parents[1]
 CONFIG = f"""
 _base_ = '{ROOT}/tests/data/tiny_retinanet.py'
 data = dict(
@@ -41,11 +37,9 @@ train_cfg = dict(max_epochs=1)
 @pytest.fixture
 def voc(tmp_path):
     root = tmp_path / 'data' / 'VOC2007'
-    for folder in ('JPEGImages', 'Annotations'):
-        (root / folder).mkdir(parents=True)
+    (root / 'Annotations').mkdir(parents=True)
     for i in (1, 2):
-        pixels = np.random.default_rng(i).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(root / 'JPEGImages' / f'{i}.jpg')
+        write_image(root / 'JPEGImages' / f'{i}.jpg', size=(64, 64))
         write_xml(tmp_path, i, 'cat', 'dog')
     (tmp_path / 'data' / 'all.txt').write_text('1\n2\n')
     (tmp_path / 'my_voc.py').write_text(CONFIG)
@@ -61,73 +55,43 @@ def write_xml(folder, i, *names, box=(3, 5, 23, 40), width=64):
     path.write_text(f'<annotation>{size}{objects}</annotation>')
 
 
-@pytest.fixture
-def check(voc, monkeypatch, capsys):
-    """Call check_data.py and return its exit code and what it printed."""
-    monkeypatch.chdir(voc)
-    monkeypatch.setattr(sys, 'argv', ['check_data.py', 'my_voc.py'])
-
-    def call():
-        code = 0
-        try:
-            runpy.run_path(str(ROOT / 'tools' / 'check_data.py'), run_name='__main__')
-        except SystemExit as error:
-            code = error.code
-        return code, capsys.readouterr().out
-
-    return call
-
-
-def test_sound_voc_passes_the_check(check):
-    code, said = check()
-
+def test_check_of_voc(call, voc):
+    code, said = call('tools/check_data.py', 'my_voc.py')
     assert code == 0, said
     assert 'train_dataloader: VOCDataset in data: 2 images, 4 objects, 2 classes' in said
     assert 'warning:' not in said
 
-
-def test_faults_of_voc(check, voc):
     write_xml(voc, 1, 'cat', 'cow', box=(5, 5, 5, 9), width=65)
     write_xml(voc, 2, 'cat')
-    code, said = check()
+    code, said = call('tools/check_data.py', 'my_voc.py')
     assert code == 1
     assert 'error: box has no area or is off the image: data/VOC2007/JPEGImages/1.jpg' in said
     assert "warning: class has no object in data/all.txt: 'dog'" in said
     assert 'data/VOC2007/JPEGImages/1.jpg is 64x64 and not 65x64' in said
 
 
-def train(folder, *options):
-    command = [sys.executable, str(ROOT / 'tools' / 'train.py'), 'my_voc.py']
-    return subprocess.run(
-        [*command, *options], cwd=folder, env=environment(), capture_output=True, text=True
-    )
-
-
 def test_voc_trains_and_keeps_its_best(voc):
-    done = train(voc)
-
-    assert done.returncode == 0, done.stderr[-3000:]
+    train = [ROOT / 'tools' / 'train.py', 'my_voc.py']
+    run_tool(train, voc)
     assert (voc / 'work_dirs/my_voc/best_pascal_voc_mAP_epoch_1.pth').exists()
     scalars = next((voc / 'work_dirs/my_voc').glob('*/vis_data/scalars.json')).read_text()
     assert 0 <= json.loads(scalars.splitlines()[-1])['pascal_voc/mAP'] <= 1
 
-
-def test_a_measure_that_nothing_has_is_refused_before_training(voc):
-    options = ['--cfg-options', 'default_hooks.checkpoint.save_best=coco/bbox_mAP']
-    done = train(voc, *options)
-
-    assert done.returncode == 1
-    assert "save_best must be 'auto' or one of pascal_voc/..., got 'coco/bbox_mAP'" in done.stderr
-    assert not list((voc / 'work_dirs').rglob('*.pth'))
-
-
-def test_a_wrong_prefix_is_named_by_its_key(voc):
-    options = ['--cfg-options', 'train_dataloader.dataset.data_prefix.sub_data_root=VOC2012/']
-    done = train(voc, *options)
-
-    assert done.returncode == 1
-    assert 'data/VOC2012/ does not exist' in done.stderr
-    assert 'train_dataloader.dataset.data_prefix.sub_data_root=' in done.stderr
+    # Mistakes are told before the training.
+    for option, *sentences in (
+        (
+            'default_hooks.checkpoint.save_best=coco/bbox_mAP',
+            "save_best must be 'auto' or one of pascal_voc/..., got 'coco/bbox_mAP'",
+        ),
+        (
+            'train_dataloader.dataset.data_prefix.sub_data_root=VOC2012/',
+            'data/VOC2012/ does not exist',
+            'train_dataloader.dataset.data_prefix.sub_data_root=',
+        ),
+    ):
+        said = run_tool([*train, '--work-dir', 'wrong', '--cfg-options', option], voc, expect=1)
+        assert all(sentence in said.splitlines()[-1] for sentence in sentences)
+        assert not list((voc / 'wrong').rglob('*.pth'))
 
 
 @pytest.mark.parametrize(

@@ -109,16 +109,8 @@ def test_commands_are_accepted(page, number, block, monkeypatch, capsys):
             assert rest[0] == '-c'
             ast.parse(rest[1])
         else:
-            assert program in (
-                'pip',
-                'source',
-                'tensorboard',
-                'ln',
-                'cd',
-                'git',
-                'docker',
-                'trtexec',
-            ), program
+            known = 'pip source tensorboard ln cd git docker trtexec'
+            assert program in known.split(), program
 
 
 def check_tool(command, monkeypatch, capsys):

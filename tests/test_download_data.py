@@ -11,16 +11,13 @@ import threading
 import time
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import numpy as np
 import pytest
-from jobs import load_tool
-from PIL import Image
+from jobs import ROOT, load_tool, write_image, write_map
 
 from mmscalablevit.errors import UserError
 
-ROOT = Path(__file__).parents[1]
 TOOL = ROOT / 'tools' / 'dataset_converters' / 'download_data.py'
 CHILD = f"""
 import json, sys
@@ -108,22 +105,20 @@ def published(server, **contents):
     return archives
 
 
-def label_maps():
+def label_maps(tmp_path):
     """ADE20K's layout of two images a split."""
-    files = {}
     for split in ('training', 'validation'):
         for i in (1, 2):
-            image, mask = io.BytesIO(), io.BytesIO()
-            Image.new('RGB', (40, 30), (9, 99, 199)).save(image, 'JPEG')
-            Image.fromarray(np.resize(np.uint8([0, 1, 150]), (30, 40))).save(mask, 'PNG')
-            folder = 'ADEChallengeData2016'
-            files[f'{folder}/images/{split}/{i}.jpg'] = image.getvalue()
-            files[f'{folder}/annotations/{split}/{i}.png'] = mask.getvalue()
-    return files
+            write_image(tmp_path / f'images/{split}/{i}.jpg')
+            labels = np.resize(np.uint8([0, 1, 150]), (30, 40))
+            write_map(tmp_path / f'annotations/{split}/{i}.png', labels)
+    files = [path for path in tmp_path.rglob('*') if path.is_file()]
+    return {f'ADEChallengeData2016/{x.relative_to(tmp_path)}': x.read_bytes() for x in files}
 
 
 def test_download_unpack_and_check(tool, server, tmp_path, monkeypatch, capfd):
-    archives = published(server, ADEChallengeData2016=archive(label_maps()))
+    files = label_maps(tmp_path / 'drawn')
+    archives = published(server, ADEChallengeData2016=archive(files))
     monkeypatch.setitem(tool.ARCHIVES, 'ade20k', archives)
     monkeypatch.setattr(sys, 'argv', ['download_data.py', 'ade20k', '--dir', str(tmp_path / 'ade')])
     monkeypatch.setenv('PYTHONPATH', str(ROOT))
@@ -133,8 +128,7 @@ def test_download_unpack_and_check(tool, server, tmp_path, monkeypatch, capfd):
     said = capfd.readouterr().out
     assert ended.value.code == 0, said
     assert '2 images with masks, 150 classes' in said
-    for name, content in label_maps().items():
-        assert (tmp_path / 'ade' / name).read_bytes() == content
+    assert all((tmp_path / 'ade' / name).read_bytes() == x for name, x in files.items())
     assert not list((tmp_path / 'ade').glob('ADE*.zip*'))
     # A second call downloads nothing.
     monkeypatch.setattr(tool.subprocess, 'call', lambda command: 0)

@@ -3,7 +3,6 @@
 
 import json
 import shlex
-import sys
 from pathlib import Path
 
 import cv2
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from doc_blocks import ROOT, read_blocks, run_commands
-from jobs import load_tool
+from jobs import write_image
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from pycocotools import mask as coco_mask
@@ -24,23 +23,13 @@ PALETTE = [(90, 90, 90), (230, 80, 70), (70, 150, 240), (250, 200, 60), (120, 21
 # Height and width of the photos by name.
 SIZES = {'harbor.jpg': (60, 90), 'street.jpg': (72, 64)}
 NUM_FRAMES, FPS = 3, 10
-CLASSIFIER = """
-_base_ = '{root}/configs/classification/scalablevit-s_8xb128_in1k.py'
+TINY = ROOT / 'tests' / 'data' / 'tiny_mask-rcnn.py'
+ARCH = Config.fromfile(TINY).model.backbone.arch.to_dict() | dict(ssa_kv='separate')
+CLASSIFIER = f"""
+_base_ = '{ROOT}/configs/classification/scalablevit-s_8xb128_in1k.py'
 model = dict(
-    backbone=dict(
-        arch=dict(
-            _delete_=True,
-            embed_dims=[16, 16, 32, 32],
-            num_heads=[1, 1, 2, 2],
-            depths=[1, 1, 1, 1],
-            c_ratios=[1, 1, 1, 1],
-            sr_ratios=[8, 4, 2, 1],
-            window_sizes=[7, 7, 7, 7],
-            mlp_ratios=[2, 2, 2, 2],
-            ssa_kv='separate',
-        )
-    ),
-    head=dict(in_channels=32, num_classes=6, hidden_channels=None),
+    backbone=dict(arch=dict(_delete_=True, **{ARCH})),
+    head=dict(in_channels={ARCH['embed_dims'][-1]}, num_classes=6, hidden_channels=None),
     train_cfg=None,
 )
 """
@@ -61,14 +50,13 @@ def folder(tmp_path_factory):
     for name, (height, width) in SIZES.items():
         image = cv2.resize(rng.integers(0, 255, (6, 8, 3), np.uint8), (width, height))
         cv2.imwrite(str(folder / 'photos' / name), image)
-    writer = cv2.VideoWriter(
-        str(folder / 'clip.mp4'), cv2.VideoWriter_fourcc(*'mp4v'), FPS, (96, 64)
-    )
+    code = cv2.VideoWriter_fourcc(*'mp4v')
+    writer = cv2.VideoWriter(str(folder / 'clip.mp4'), code, FPS, (96, 64))
     for _ in range(NUM_FRAMES):
         writer.write(cv2.resize(rng.integers(0, 255, (6, 8, 3), np.uint8), (96, 64)))
     writer.release()
     for name, (base, meta) in MODELS_OF_PAGE.items():
-        text = f"_base_ = '{ROOT}/tests/data/{base}'\n" if base else CLASSIFIER.format(root=ROOT)
+        text = f"_base_ = '{ROOT}/tests/data/{base}'\n" if base else CLASSIFIER
         config = folder / f'my_{name}.py'
         config.write_text(text)
         cfg = Config.fromfile(config)
@@ -78,10 +66,8 @@ def folder(tmp_path_factory):
         if name == 'mask-rcnn':
             # Scores above the page's threshold.
             torch.nn.init.normal_(model.roi_head.bbox_head.fc_cls.weight, std=1)
-        torch.save(
-            dict(state_dict=model.state_dict(), meta=dict(dataset_meta=meta)),
-            folder / f'{name}.pth',
-        )
+        content = dict(state_dict=model.state_dict(), meta=dict(dataset_meta=meta))
+        torch.save(content, folder / f'{name}.pth')
     return folder
 
 
@@ -213,22 +199,11 @@ def test_inferencers_of_the_page_agree_with_the_demo(page):
 
 
 @pytest.fixture
-def demo(monkeypatch, folder, tmp_path):
+def demo(call, folder, tmp_path, monkeypatch):
     """Calls the demo; returns its exit code or message."""
-    module = load_tool('demo/image_demo.py')
     monkeypatch.chdir(folder)
-
-    def call(*arguments):
-        monkeypatch.setattr(
-            sys, 'argv', ['image_demo.py', *map(str, arguments), '--out-dir', str(tmp_path / 'out')]
-        )
-        try:
-            module.cli.run(module.main)
-        except SystemExit as stopped:
-            return stopped.code
-        return 0
-
-    return call
+    out = ['--out-dir', tmp_path / 'out']
+    return lambda *arguments: call('demo/image_demo.py', *arguments, *out)[0]
 
 
 UPERNET = ('my_upernet.py', 'upernet.pth', '--device', 'cpu')
@@ -248,46 +223,34 @@ def test_batches_change_nothing(demo, tmp_path):
         assert (one == two).mean() > 0.99
 
 
-def test_no_detection_is_no_error(demo, tmp_path):
-    assert demo('photos', *DETECTOR, '--score-thr', '1') == 0
+def test_no_detection_is_no_error(demo, call, folder, tmp_path):
+    # Names come from the data set where the checkpoint has none.
+    weights = torch.load(folder / 'mask-rcnn.pth')['state_dict']
+    torch.save(dict(state_dict=weights), tmp_path / 'bare.pth')
+    command = ['photos', DETECTOR[0], tmp_path / 'bare.pth', '--score-thr', '1']
+    code, said = call('demo/image_demo.py', *command, '--out-dir', tmp_path / 'out')
 
+    assert code == 0
+    assert 'taking those of the test data set of my_mask-rcnn.py' in said
     found = json.loads((tmp_path / 'out' / 'predictions.json').read_text())
+    assert [entry['name'] for entry in found['categories']] == list(SHAPES)
     assert len(found['images']) == len(SIZES)
     assert found['annotations'] == []
 
 
-def test_names_come_from_the_data_set_where_the_checkpoint_has_none(demo, folder, tmp_path, capsys):
-    weights = torch.load(folder / 'mask-rcnn.pth')['state_dict']
-    torch.save(dict(state_dict=weights), tmp_path / 'bare.pth')
-
-    assert demo('photos/street.jpg', DETECTOR[0], tmp_path / 'bare.pth') == 0
-    assert 'taking those of the test data set of my_mask-rcnn.py' in capsys.readouterr().out
-    found = json.loads((tmp_path / 'out' / 'predictions.json').read_text())
-    assert [entry['name'] for entry in found['categories']] == list(SHAPES)
-
-
-@pytest.mark.parametrize(
-    ('meta', 'said'),
-    [
-        (dict(dataset_meta=dict(classes=('a', 'b'))), '2 class names for a model of 5'),
-        (dict(CLASSES=('a', 'b', 'c')), '3 class names for a model of 5'),
-    ],
-)
-def test_wrong_number_of_names_is_an_error(meta, said, demo, folder, tmp_path):
+def test_checkpoints_that_do_not_fit_are_refused(demo, folder, tmp_path):
     weights = torch.load(folder / 'upernet.pth')['state_dict']
-    torch.save(dict(state_dict=weights, meta=meta), tmp_path / 'other.pth')
 
-    assert said in demo('photos', 'my_upernet.py', tmp_path / 'other.pth')
+    def said(weights, **meta):
+        torch.save(dict(state_dict=weights, meta=meta), tmp_path / 'other.pth')
+        return demo('photos', 'my_upernet.py', tmp_path / 'other.pth')
 
-
-def test_checkpoint_that_fits_in_part_is_refused(demo, folder, tmp_path):
-    weights = torch.load(folder / 'upernet.pth')['state_dict']
+    names = dict(dataset_meta=dict(classes=('a', 'b')))
+    assert '2 class names for a model of 5' in said(weights, **names)
+    assert '3 class names for a model of 5' in said(weights, CLASSES=('a', 'b', 'c'))
     del weights['decode_head.conv_seg.bias']
-    torch.save(dict(state_dict=weights), tmp_path / 'part.pth')
-
-    said = demo('photos', 'my_upernet.py', tmp_path / 'part.pth')
-    assert 'does not fit the model of my_upernet.py' in said
-    assert 'decode_head.conv_seg.bias' in said
+    assert 'does not fit the model of my_upernet.py' in said(weights)
+    assert 'decode_head.conv_seg.bias' in said(weights)
     assert 'does not fit' in demo('photos', 'my_upernet.py', 'mask-rcnn.pth')
     assert 'notes.txt does not exist' in demo('photos', 'my_upernet.py', 'notes.txt')
 
@@ -304,12 +267,8 @@ def test_unusable_inputs_are_named(demo, tmp_path):
     assert 'notes.txt must be one of: .avi, .bmp' in demo(tmp_path / 'notes.txt', *UPERNET)
     assert 'broken.jpg' in demo(tmp_path / 'broken.jpg', *UPERNET)
     assert 'cannot read video' in demo(tmp_path / 'broken.mp4', *UPERNET)
-
-
-def test_same_label_map_for_two_images_is_an_error(demo, tmp_path):
     for name in ('one.jpg', 'one.png'):
-        cv2.imwrite(str(tmp_path / name), np.zeros((64, 64, 3), np.uint8))
-
+        write_image(tmp_path / name)
     assert 'one.png is the label map of two inputs' in demo(tmp_path / 'one.*', *UPERNET)
 
 

@@ -4,8 +4,8 @@
 from pathlib import Path
 
 import numpy as np
+from jobs import write_image, write_map
 from PIL import Image
-from test_dataset_converters import write_image, write_map
 
 
 def write_masks(root, masks, suffix='.png'):
@@ -35,10 +35,8 @@ def test_label_maps_with_another_ignored_value(convert, tmp_path):
     assert maps['a'].dtype == np.uint8
     assert Path('out/images/val/b.jpg').exists()
     assert Path('out/classes.txt').read_text().split() == ['sky', 'road', 'car']
-    assert (
-        '--ignore 3 is the value of a class'
-        in (convert('masks_to_labels.py', 'data', 'new', *options, '--ignore', 3)[0])
-    )
+    said = convert('masks_to_labels.py', 'data', 'new', *options, '--ignore', 3)[0]
+    assert '--ignore 3 is the value of a class' in said
 
 
 def test_colored_masks(convert, tmp_path):

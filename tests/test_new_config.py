@@ -2,8 +2,6 @@
 """The starter of configs: what it writes fits the data, is found sound and trains."""
 
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import cv2
@@ -34,32 +32,20 @@ def write_boxes(root, counts=(3, 3, 3, 3), size=(64, 64), masks=True):
     """A data set as the converters write it; an image for each number of objects."""
     rng = np.random.default_rng(0)
     (root / 'annotations').mkdir(parents=True)
-    for split in ('train', 'val'):
+    for split, numbers in (('train', counts), ('val', counts[:2])):
         (root / split).mkdir()
-        content = dict(
-            images=[],
-            annotations=[],
-            categories=[dict(id=i, name=name) for i, name in enumerate(CLASSES, start=1)],
-        )
-        for i, count in enumerate(counts if split == 'train' else counts[:2], start=1):
+        images, annotations = [], []
+        for i, count in enumerate(numbers, start=1):
             image, boxes = draw(rng, count, size)
             cv2.imwrite(str(root / split / f'{i}.jpg'), image)
-            content['images'].append(
-                dict(id=i, file_name=f'{i}.jpg', width=size[0], height=size[1])
-            )
-            for x, y, width, height in boxes:
-                polygon = [x, y, x + width, y, x + width, y + height, x, y + height]
-                content['annotations'].append(
-                    dict(
-                        id=len(content['annotations']) + 1,
-                        image_id=i,
-                        category_id=1 + len(content['annotations']) % 2,
-                        bbox=[x, y, width, height],
-                        area=width * height,
-                        iscrowd=0,
-                        segmentation=[polygon] if masks else [],
-                    )
-                )
+            images.append(dict(id=i, file_name=f'{i}.jpg', width=size[0], height=size[1]))
+            for x, y, w, h in boxes:
+                entry = dict(id=len(annotations) + 1, image_id=i, bbox=[x, y, w, h], area=w * h)
+                entry.update(iscrowd=0, category_id=1 + len(annotations) % 2)
+                polygon = [x, y, x + w, y, x + w, y + h, x, y + h]
+                annotations.append(dict(entry, segmentation=[polygon] if masks else []))
+        categories = [dict(id=i, name=name) for i, name in enumerate(CLASSES, start=1)]
+        content = dict(images=images, annotations=annotations, categories=categories)
         (root / 'annotations' / f'{split}.json').write_text(json.dumps(content))
 
 
@@ -80,20 +66,14 @@ def write_label_maps(root, size=(64, 64), suffix='.jpg', count=4):
 
 
 @pytest.fixture
-def new_config(tmp_path, monkeypatch, capsys):
+def new_config(call):
     """Call the tool; the config that it wrote, or its sentence."""
-    monkeypatch.chdir(tmp_path)
 
-    def call(*arguments):
+    def config(*arguments):
         Path('my.py').unlink(missing_ok=True)
-        monkeypatch.setattr(sys, 'argv', [str(TOOL), *map(str, arguments)])
-        try:
-            runpy.run_path(str(TOOL), run_name='__main__')
-        except SystemExit as error:
-            return error.code
-        return Config.fromfile('my.py')
+        return call(TOOL, *arguments)[0] or Config.fromfile('my.py')
 
-    return call
+    return config
 
 
 def resized(cfg):

@@ -2,9 +2,7 @@
 """The curves of several trainings, and the page that shows them and the trackers."""
 
 import json
-import runpy
 import shlex
-import sys
 
 import cv2
 import pytest
@@ -60,15 +58,6 @@ def segmentor(tmp_path):
     return work_dir
 
 
-def call(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, 'argv', ['plot_logs.py', *map(str, arguments)])
-    try:
-        runpy.run_path(str(TOOL), run_name='__main__')
-    except SystemExit as stopped:
-        return stopped.code
-    return 0
-
-
 def test_resumed_training_is_one_curve(tool, detector):
     run = tool.work_dirs.read_run(detector)
 
@@ -90,47 +79,43 @@ def test_iterations_of_an_epoch_must_be_known(tool, detector):
 def test_runs_of_one_name_are_told_apart(tool, detector, segmentor):
     runs = [tool.work_dirs.read_run(folder) for folder in (detector, segmentor)]
     assert tool.labels(runs) == ['detector', 'segmentor']
-
     runs[1].work_dir = detector.parent / 'other' / 'detector'
     assert tool.labels(runs) == [str(detector), str(runs[1].work_dir)]
 
 
 def test_picture_has_a_panel_for_every_curve(
-    tool, detector, segmentor, tmp_path, monkeypatch, capsys
+    call, tool, detector, segmentor, tmp_path, monkeypatch
 ):
     drawn = {}
     save = tool.plt.Figure.savefig
 
     def keep(figure, *args, **kwargs):
-        for axis in figure.axes:
-            if axis.get_title():
-                lines = [len(line.get_xdata()) for line in axis.get_lines()]
-                drawn[axis.get_title()] = lines
+        axes = [axis for axis in figure.axes if axis.get_title()]
+        drawn.update({x.get_title(): [len(y.get_xdata()) for y in x.get_lines()] for x in axes})
         return save(figure, *args, **kwargs)
 
     monkeypatch.setattr(tool.plt.Figure, 'savefig', keep)
     out = tmp_path / 'pictures' / 'curves.png'
 
-    assert call(monkeypatch, detector, segmentor, '--out', out) == 0
+    assert call(TOOL, detector, segmentor, '--out', out)[0] == 0
     assert drawn == {
         'training loss': [4, 2],
         'learning rate': [4, 2],
         'box AP': [2, 0],
         'mIoU': [0, 1],
     }
-    assert capsys.readouterr().out == f'wrote {out}\n'
     picture = cv2.imread(str(out))
     for color in COLORS:
         assert (picture == color).all(axis=2).sum() > 100
 
 
-def test_errors_name_what_is_missing(detector, tmp_path, monkeypatch):
+def test_errors_name_what_is_missing(call, detector, tmp_path):
     empty = tmp_path / 'empty'
     write_log(empty, STARTS[0], [], dict(train_cfg=dict(max_epochs=1)))
 
-    assert 'nowhere does not exist' in call(monkeypatch, 'nowhere', '--out', 'curves.png')
-    assert '.pdf, .png, .svg, got curves.txt' in call(monkeypatch, detector, '--out', 'curves.txt')
-    said = call(monkeypatch, detector, empty, '--out', tmp_path / 'curves.png')
+    assert 'nowhere does not exist' in call(TOOL, 'nowhere', '--out', 'curves.png')[0]
+    assert '.pdf, .png, .svg, got curves.txt' in call(TOOL, detector, '--out', 'curves.txt')[0]
+    said, _ = call(TOOL, detector, empty, '--out', 'curves.png')
     assert said == f'error: no training was logged in {empty}'
     assert not (tmp_path / 'curves.png').exists()
 

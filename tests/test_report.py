@@ -115,27 +115,30 @@ def test_report_shows_image_truth_and_prediction(report, trained, tmp_path, monk
         assert changed.mean() < 0.6
 
 
+@pytest.fixture
+def copied(trained, tmp_path):
+    """A detector's work directory for a test to change, and a function that writes its log."""
+    folder = shutil.copytree(trained[0], tmp_path / 'det')
+    log = folder / '20240101_100000' / 'vis_data' / 'scalars.json'
+    return folder, lambda records: log.write_text('\n'.join(map(json.dumps, records)))
+
+
 @pytest.mark.parametrize(
     ('records', 'said'),
     [
-        ([], 'no training iteration or no evaluation'),
         ([STEP], 'no training iteration or no evaluation'),
         ([STEP, {'coco/bbox_mAP': 0.1, 'step': 10}], 'no coco/segm_mAP in the evaluation at 10'),
     ],
 )
-def test_missing_entries_of_a_log_are_named(report, trained, tmp_path, records, said):
-    shutil.copytree(trained[0], tmp_path / 'det')
-    log = tmp_path / 'det/20240101_100000/vis_data/scalars.json'
-    log.write_text('\n'.join(map(json.dumps, records)))
+def test_missing_entries_of_a_log_are_named(report, copied, records, said):
+    copied[1](records)
     with pytest.raises(UserError, match=said):
-        report.read_training(tmp_path / 'det', report.METRICS['detection'])
+        report.read_training(copied[0], report.METRICS['detection'])
 
 
-def test_metric_that_is_not_a_number_misses_its_target(report, trained, tmp_path):
-    shutil.copytree(trained[0], tmp_path / 'det')
-    log = tmp_path / 'det/20240101_100000/vis_data/scalars.json'
-    log.write_text(f'{json.dumps(STEP)}\n{json.dumps(dict(BOXES, **{"coco/bbox_mAP": np.nan}))}\n')
-    run = report.read_training(tmp_path / 'det', report.METRICS['detection'])
+def test_metric_that_is_not_a_number_misses_its_target(report, copied):
+    copied[1]([STEP, dict(BOXES, **{'coco/bbox_mAP': np.nan})])
+    run = report.read_training(copied[0], report.METRICS['detection'])
     assert report.make_rows('detection', run)[0].missed
 
 
@@ -151,11 +154,10 @@ def test_metric_that_is_not_a_number_misses_its_target(report, trained, tmp_path
         ),
     ],
 )
-def test_checkpoint_that_fails_is_named(report, trained, tmp_path, spoil, said):
-    shutil.copytree(trained[0], tmp_path / 'det')
-    spoil(tmp_path / 'det')
+def test_checkpoint_that_fails_is_named(report, trained, copied, tmp_path, spoil, said):
+    spoil(copied[0])
     with pytest.raises((UserError, CheckpointError), match=said):
-        report.write_report(tmp_path / 'det', *trained[1:], tmp_path / 'out', 1)
+        report.write_report(copied[0], *trained[1:], tmp_path / 'out', 1)
 
 
 def test_report_wants_enough_images(report, trained, tmp_path):

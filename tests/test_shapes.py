@@ -1,29 +1,23 @@
 # Copyright (c) mmscalablevit contributors. All rights reserved.
 """The demo's data set of drawn shapes."""
 
-import importlib
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import cv2
 import numpy as np
 import pytest
+from jobs import ROOT, load_tool
 from pycocotools.coco import COCO
 
-ROOT = Path(__file__).resolve().parents[1]
 SHAPES = ROOT / 'demo/shapes.py'
 SMALL = dict(num_train=12, num_val=6, size=64)
 
 
-def load(path: Path) -> ModuleType:
-    """Import a tool by its file, so that its worker processes find it, too."""
-    sys.path.append(str(path.parent))
-    return importlib.import_module(path.stem)
-
-
-shapes = load(SHAPES)
+shapes = load_tool('demo/shapes.py')
+# Its worker processes find it by its name.
+sys.path.append(str(SHAPES.parent))
 
 
 def run(script: Path, *args: object) -> subprocess.CompletedProcess:
@@ -33,11 +27,8 @@ def run(script: Path, *args: object) -> subprocess.CompletedProcess:
 
 
 def read_tree(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob('*'))
-        if path.is_file()
-    }
+    files = [path for path in folder.rglob('*') if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 @pytest.fixture(scope='module')
@@ -55,13 +46,9 @@ def split(request: pytest.FixtureRequest, dataset: Path) -> tuple[Path, str, COC
 
 def test_files_are_laid_out_as_documented(dataset: Path) -> None:
     for name, count in (('training', 12), ('validation', 6)):
-        stems = [f'{i:06d}' for i in range(1, count + 1)]
-        assert sorted(p.name for p in (dataset / 'images' / name).iterdir()) == [
-            f'{stem}.jpg' for stem in stems
-        ]
-        assert sorted(p.name for p in (dataset / 'annotations' / name).iterdir()) == [
-            f'{stem}.png' for stem in stems
-        ]
+        for folder, suffix in (('images', '.jpg'), ('annotations', '.png')):
+            found = sorted(path.name for path in (dataset / folder / name).iterdir())
+            assert found == [f'{i:06d}{suffix}' for i in range(1, count + 1)]
 
 
 def test_coco_lists_the_images(split: tuple[Path, str, COCO]) -> None:
@@ -84,12 +71,8 @@ def test_coco_annotations_agree_with_their_masks(split: tuple[Path, str, COCO]) 
         assert mask.shape == (64, 64)
         assert mask.sum() == annotation['area'] >= 16
         rows, columns = np.nonzero(mask)
-        assert annotation['bbox'] == [
-            columns.min(),
-            rows.min(),
-            np.ptp(columns) + 1,
-            np.ptp(rows) + 1,
-        ]
+        size = [np.ptp(columns) + 1, np.ptp(rows) + 1]
+        assert annotation['bbox'] == [columns.min(), rows.min(), *size]
         assert annotation['category_id'] in (1, 2, 3, 4)
         assert annotation['iscrowd'] == 0
 
@@ -181,12 +164,8 @@ if __name__ == '__main__':
 
 def test_other_seed_and_other_split_give_other_images(dataset: Path, tmp_path: Path) -> None:
     shapes.write_shapes(tmp_path, **SMALL, seed=1)
-    images = [
-        path.read_bytes()
-        for folder in (dataset, tmp_path)
-        for path in folder.glob('images/*/*.jpg')
-    ]
-    assert len(set(images)) == len(images) == 36
+    found = [x for y in (dataset, tmp_path) for x in read_tree(y / 'images').values()]
+    assert len(set(found)) == len(found) == 36
 
 
 def test_longer_set_begins_with_the_shorter_one(dataset: Path, tmp_path: Path) -> None:
@@ -206,24 +185,14 @@ def test_finished_set_is_left_alone(tmp_path: Path) -> None:
 def test_interrupted_set_is_completed(
     dataset: Path, tmp_path: Path, written: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    draw, calls = shapes.draw_image, []
-
-    def interrupted(*args: object) -> tuple:
-        calls.append(args)
-        if len(calls) > written:
-            raise KeyboardInterrupt
-        return draw(*args)
-
+    draw = [shapes.draw_image] * written
     with monkeypatch.context() as patch:
-        patch.setattr(shapes, 'draw_image', interrupted)
-        with pytest.raises(KeyboardInterrupt):
+        patch.setattr(shapes, 'draw_image', lambda *args: draw.pop()(*args))
+        with pytest.raises(IndexError):
             shapes.write_shapes(tmp_path, **SMALL)
     assert shapes.write_shapes(tmp_path, **SMALL)
     assert read_tree(tmp_path) == read_tree(dataset)
-
-
-def test_set_that_lost_a_file_is_completed(dataset: Path, tmp_path: Path) -> None:
-    shapes.write_shapes(tmp_path, **SMALL)
+    # As is one that lost a file.
     (tmp_path / 'annotations/training/000004.png').unlink()
     assert shapes.write_shapes(tmp_path, **SMALL)
     assert read_tree(tmp_path) == read_tree(dataset)
@@ -260,24 +229,18 @@ def test_command_writes_the_set_and_says_where(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ('args', 'message'),
+    ('folder', 'args', 'message'),
     [
-        (('--size', 31), 'size must be from 32 to 1024, got 31'),
-        (('--num-train', 0), 'num_train must be from 1 to 999999, got 0'),
-        (('--size', 'big'), "argument --size: invalid int value: 'big'"),
+        ('set', ('--size', 31), 'size must be from 32 to 1024, got 31'),
+        ('set', ('--num-train', 0), 'num_train must be from 1 to 999999, got 0'),
+        ('set', ('--size', 'big'), "argument --size: invalid int value: 'big'"),
+        ('file/set', (), "Not a directory: '{tmp_path}/file"),
     ],
 )
-def test_command_refuses_bad_arguments(tmp_path: Path, args: tuple, message: str) -> None:
-    done = run(SHAPES, tmp_path / 'set', *args)
+def test_mistakes_are_named(tmp_path: Path, folder: str, args: tuple, message: str) -> None:
+    (tmp_path / 'file').write_text('')
+    done = run(SHAPES, tmp_path / folder, *args)
     assert done.returncode != 0
-    assert message in done.stderr
+    assert message.format(tmp_path=tmp_path) in done.stderr
     assert 'Traceback' not in done.stderr
     assert not (tmp_path / 'set').exists()
-
-
-def test_command_names_the_folder_it_cannot_write_to(tmp_path: Path) -> None:
-    (tmp_path / 'file').write_text('')
-    done = run(SHAPES, tmp_path / 'file/set')
-    assert done.returncode != 0
-    assert f"Not a directory: '{tmp_path}/file" in done.stderr
-    assert 'Traceback' not in done.stderr

@@ -7,35 +7,31 @@ import json
 import re
 import runpy
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from jobs import load_tool
+from jobs import ROOT, load_tool, write_image, write_map
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
-from PIL import Image
+from test_dataset_converters import write_lists, write_voc
 
 from mmscalablevit import cli
 from mmscalablevit.errors import UserError
 
-ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / 'configs' / 'small_data').glob('*.py'))
 TASKS = ('bccd', 'nuclei', 'camvid')
 # A backbone in each harness, and each small backbone in one.
 TRAINED = [p for p in CONFIGS if 'scalablevit-demo' in p.stem or '_bccd-320x240' in p.stem]
 # Steps that are quick, and as many workers as are needed to see that the config's own do.
-SHORT = [
-    'train_cfg.max_iters=1',
-    'train_cfg.val_interval=1',
-    'train_dataloader.batch_size=2',
-    'train_dataloader.num_workers=0',
-    'train_dataloader.persistent_workers=False',
-    'val_dataloader.num_workers=0',
-    'val_dataloader.persistent_workers=False',
-    'default_hooks.logger.interval=1',
-]
+SHORT = {
+    'train_cfg.max_iters': 1,
+    'train_cfg.val_interval': 1,
+    'train_dataloader.batch_size': 2,
+    'default_hooks.logger.interval': 1,
+    **{f'{x}_dataloader.num_workers': 0 for x in ('train', 'val')},
+    **{f'{x}_dataloader.persistent_workers': False for x in ('train', 'val')},
+}
 if importlib.util.find_spec('mmcv._ext') is None:
     pytest.skip(
         'detectors and segmentors need the compiled operators of mmcv', allow_module_level=True
@@ -50,42 +46,26 @@ def run_tool(path, *arguments):
         runpy.run_path(str(ROOT / path), run_name='__main__')
 
 
-def save(path, array):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(array).save(path)
-
-
-def photograph(rng, height, width):
-    return rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
     """The three sets with two images a split, from their owners' layouts through the converters."""
     root = tmp_path_factory.mktemp('small')
-    raw, rng = root / 'raw', np.random.default_rng(0)
-    box = '<bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox>'
-    boxes = [('RBC', 100, 90, 200, 190), ('WBC', 300, 200, 480, 400), ('Platelets', 20, 20, 60, 62)]
-    objects = ''.join(f'<object><name>{n}</name>{box.format(*xy)}</object>' for n, *xy in boxes)
-    for split in ('train', 'val'):
-        names = [f'{split}{i}' for i in range(2)]
-        listed = raw / 'bccd' / 'ImageSets' / 'Main' / f'{split}.txt'
-        listed.parent.mkdir(parents=True, exist_ok=True)
-        listed.write_text('\n'.join(names) + '\n')
-        for name in names:
-            save(raw / 'bccd' / 'JPEGImages' / f'{name}.jpg', photograph(rng, 480, 640))
-            xml = raw / 'bccd' / 'Annotations' / f'{name}.xml'
-            xml.parent.mkdir(exist_ok=True)
-            size = '<size><width>640</width><height>480</height></size>'
-            xml.write_text(f'<annotation>{size}{objects}</annotation>')
-            save(raw / 'nuclei' / 'images' / split / f'{name}.png', photograph(rng, 260, 347))
-            instances = np.zeros((260, 347), np.uint16)
-            for k in range(12):
-                instances[20 * k : 20 * k + 14, 28 * k : 28 * k + 20] = k + 1
-            save(raw / 'nuclei' / 'instances' / split / f'{name}.png', instances)
-            save(raw / 'camvid' / split / f'{name}.jpg', photograph(rng, 360, 480))
-            labels = np.repeat(np.arange(360, dtype=np.uint8)[:, None] // 30, 480, axis=1)
-            save(raw / 'camvid' / f'{split}annot' / f'{name}.png', labels)
+    raw = root / 'raw'
+    boxes = dict(RBC=(100, 90, 200, 190), WBC=(300, 200, 480, 400), Platelets=(20, 20, 60, 62))
+    objects = [(name, *box) for name, box in boxes.items()]
+    lists = {split: [f'{split}{i}' for i in range(2)] for split in ('train', 'val')}
+    names = [name for split in lists.values() for name in split]
+    write_voc(raw / 'bccd', (640, 480), **dict.fromkeys(names, objects))
+    write_lists(raw / 'bccd', **lists)
+    instances = np.zeros((260, 347), np.uint16)
+    for k in range(12):
+        instances[20 * k : 20 * k + 14, 28 * k : 28 * k + 20] = k + 1
+    labels = np.repeat(np.arange(360, dtype=np.uint8)[:, None] // 30, 480, axis=1)
+    for split, name in ((split, name) for split, names in lists.items() for name in names):
+        write_image(raw / 'nuclei' / 'images' / split / f'{name}.png', (347, 260))
+        write_map(raw / 'nuclei' / 'instances' / split / f'{name}.png', instances)
+        write_image(raw / 'camvid' / split / f'{name}.jpg', (480, 360))
+        write_map(raw / 'camvid' / f'{split}annot' / f'{name}.png', labels)
     for name, line in load_tool('tools/experiments.py').CONVERTERS.items():
         script, *options = line.split()
         run_tool(f'tools/dataset_converters/{script}', raw / name, root / 'data' / name, *options)
@@ -107,8 +87,7 @@ def test_trains_and_validates(path, data, tmp_path, monkeypatch):
     cfg = cli.read_config(str(path))
     cfg.work_dir = str(tmp_path)
     cfg.launcher = 'none'
-    short = dict(option.split('=') for option in SHORT)
-    cfg.merge_from_dict({key: eval(value) for key, value in short.items()})
+    cfg.merge_from_dict(SHORT)
     # Scores of detectors that hardly trained are low.
     test_cfg = cfg.model.test_cfg
     test_cfg.get('rcnn', test_cfg).score_thr = 0.0

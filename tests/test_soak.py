@@ -11,7 +11,7 @@ import time
 import numpy as np
 import psutil
 import pytest
-from jobs import ROOT, draw_shapes, finish, job_environment, start_tool
+from jobs import ROOT, finish, job_environment, start_tool
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
@@ -67,26 +67,19 @@ class _WatchHook(Hook):
             raise ZeroDivisionError('the training failed')
 
 
-@pytest.fixture(scope='module')
-def room(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('room')
-    draw_shapes(folder / 'shapes')
-    return folder
-
-
-def start(room, name, max_iters, threads=1, fail_at=0):
+def start(folder, name, max_iters, threads=1, fail_at=0):
     """A training, and the file that it writes a line to in each iteration."""
-    file = room / f'{name}.jsonl'
-    config = room / f'{name}.py'
+    file = folder / f'{name}.jsonl'
+    config = folder / f'{name}.py'
     base = ROOT / 'tests' / 'data' / 'tiny_mask-rcnn.py'
     config.write_text(CONFIG.format(base=base, max_iters=max_iters, file=file, fail_at=fail_at))
-    log, environment = room / f'{name}.txt', job_environment(room, threads)
-    return start_tool([TRAIN, config, '--work-dir', room / name], room, log, environment), file
+    log, environment = folder / f'{name}.txt', job_environment(folder, threads)
+    return start_tool([TRAIN, config, '--work-dir', folder / name], folder, log, environment), file
 
 
-def soak(room, iterations, threads):
+def soak(folder, iterations, threads):
     """Resident memory after each 20th iteration, in MiB, and the number of image sizes."""
-    job, file = start(room, f'soak_{iterations}_{threads}', iterations, threads)
+    job, file = start(folder, f'soak_{iterations}_{threads}', iterations, threads)
     assert finish(job) == 0, file.with_suffix('.txt').read_text()[-4000:]
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert len(lines) == iterations
@@ -96,8 +89,8 @@ def soak(room, iterations, threads):
 
 @pytest.mark.long
 @pytest.mark.parametrize('threads', [1, 2])
-def test_memory_does_not_grow(threads, room):
-    memory, sizes = soak(room, 1000, threads)
+def test_memory_does_not_grow(threads, folder):
+    memory, sizes = soak(folder, 1000, threads)
 
     # oneDNN keeps the kernels of the latest 1024 shapes: until it has them, memory grows.
     before, after = np.median(memory[15:20]), np.median(memory[-5:])
@@ -111,8 +104,8 @@ def test_memory_does_not_grow(threads, room):
     assert growth < 0.02
 
 
-def test_memory_settles(room):
-    memory, sizes = soak(room, 60, threads=1)
+def test_memory_settles(folder):
+    memory, sizes = soak(folder, 60, threads=1)
 
     assert sizes > 60
     assert memory[-1] / memory[0] < 1.1
@@ -129,10 +122,10 @@ def test_memory_settles(room):
     ],
     ids=str,
 )
-def test_no_worker_outlives_its_job(how, code, room):
+def test_no_worker_outlives_its_job(how, code, folder):
     max_iters = 3 if how in ('ends', 'fails') else 10**6
     fail_at = 3 if how == 'fails' else 0
-    job, file = start(room, f'workers_{how}', max_iters, fail_at=fail_at)
+    job, file = start(folder, f'workers_{how}', max_iters, fail_at=fail_at)
     process, seen = psutil.Process(job.pid), {}
     try:
         while job.is_alive():

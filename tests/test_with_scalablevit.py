@@ -36,7 +36,6 @@ ALGORITHMS = {
         (0, 1, 2, 3),
         'decode_head.in_channels',
     ),
-    'mmpretrain::resnet/resnet50_8xb32_in1k.py': ((3,), None),
     'mmpretrain::convnext/convnext-tiny_32xb128_in1k.py': ((3,), None),
 }
 
@@ -47,8 +46,9 @@ def tool():
 
 
 @pytest.fixture(autouse=True)
-def tiny(monkeypatch):
+def tiny(monkeypatch, tool):
     monkeypatch.setattr(ScalableViT, 'arch_zoo', {**ScalableViT.arch_zoo, 'tiny': TINY})
+    monkeypatch.setattr(tool, 'IMAGE_SIZE', 128)
 
 
 def value_at(cfg, key):
@@ -73,7 +73,7 @@ def test_any_algorithm_gives_a_loss_and_a_prediction(tool, tmp_path, config):
         assert value_at(cfg.model, widths_at) == [TINY['embed_dims'][i] for i in stages]
     assert 'mmscalablevit' in cfg.custom_imports.imports
     # It inherits, and says only what differs.
-    assert len(out.read_text().splitlines()) < 150
+    assert len(out.read_text()) < 6000
 
     torch.manual_seed(0)
     loss, predictions = tool.prove(cfg)
@@ -81,8 +81,10 @@ def test_any_algorithm_gives_a_loss_and_a_prediction(tool, tmp_path, config):
     assert len(predictions) == 2
 
 
-@pytest.mark.parametrize('config', ['faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py',
-                                    'dino/dino-4scale_r50_8xb2-12e_coco.py'])  # fmt: skip
+@pytest.mark.parametrize(
+    'config',
+    ['faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py', 'dino/dino-4scale_r50_8xb2-12e_coco.py'],
+)
 def test_norms_and_position_encodings_have_no_weight_decay(tool, tmp_path, config):
     pytest.importorskip('mmdet')
     cfg = tool.convert(f'mmdet::{config}', str(tmp_path / 'my.py'), 'tiny', 'scalablevit://small')
@@ -129,6 +131,7 @@ def test_what_cannot_be_converted_is_named(tool, tmp_path, config, text):
 
 def test_the_command_line_proves_it(tool, tmp_path, monkeypatch, capsys):
     pytest.importorskip('mmpretrain')
+    monkeypatch.setitem(ScalableViT.arch_zoo, 'small', TINY)
     config = 'mmpretrain::resnet/resnet50_8xb32_in1k.py'
     out = tmp_path / 'my.py'
     monkeypatch.setattr(sys, 'argv', ['with_scalablevit.py', config, '--out', str(out)])
