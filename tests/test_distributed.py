@@ -7,7 +7,6 @@ import json
 import os
 import re
 import runpy
-import signal
 import socket
 import subprocess
 import sys
@@ -183,38 +182,37 @@ def evaluate_by_one_and_two(config, checkpoint, out, folder, environment, *optio
     return metrics, outs
 
 
-@pytest.fixture(scope='module')
-def segmentors(folder, environment):
-    return train_by_one_and_two('segmentor_sgd.py', folder, environment)
+@pytest.mark.parametrize(
+    'config',
+    [
+        'segmentor_sgd.py',
+        *(
+            pytest.param(f'{x}.py', marks=pytest.mark.long)
+            for x in ('segmentor_adamw', 'detector_sgd')
+        ),
+    ],
+)
+def test_two_processes_train_as_one(config, folder, environment):
+    count, loss, weight = differences(*train_by_one_and_two(config, folder, environment))
 
-
-def assert_same_training(one, two, with_weights=True):
-    count, loss, weight = differences(one, two)
-
-    print(f'{one.name}, {count} iterations: losses within {loss:.1e}, weights within {weight:.1e}')
+    print(f'{config}, {count} iterations: losses within {loss:.1e}, weights within {weight:.1e}')
     assert count == 10
     assert loss < 1e-4
-    assert weight < 1e-3 or not with_weights
+    assert weight < 1e-3 or 'adamw' in config
 
 
-def test_two_processes_train_as_one(segmentors):
-    assert_same_training(*segmentors)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize('config', ['segmentor_adamw.py', 'detector_sgd.py'])
-def test_two_processes_train_the_demo_models_as_one(config, folder, environment):
-    one, two = train_by_one_and_two(config, folder, environment)
-    assert_same_training(one, two, with_weights='sgd' in config)
-
-
-def test_two_processes_count_every_image_once(folder, environment):
-    # Random weights, as those of a short training find background alone.
+@pytest.fixture(scope='module')
+def weights(folder):
+    """Random ones, as those of a short training find background alone."""
     (folder / 'random').mkdir()
     weights = build(Config.fromfile(folder / 'segmentor_sgd.py')).state_dict()
     torch.save(dict(state_dict=weights), folder / 'random' / 'weights.pth')
+    return folder / 'random' / 'weights.pth'
+
+
+def test_two_processes_count_every_image_once(weights, folder, environment):
     (alone, together), outs = evaluate_by_one_and_two(
-        'segmentor_sgd.py', folder / 'random' / 'weights.pth', ' maps', folder, environment
+        'segmentor_sgd.py', weights, ' maps', folder, environment
     )
     for key in ('aAcc', 'mIoU', 'mAcc'):
         assert alone[key] > 0
@@ -341,9 +339,19 @@ def end_one_rank(folder, environment, rank, stage, *checkpoint, raises=False):
     return job.output, seconds
 
 
-def test_a_killed_rank_ends_the_job(folder, environment):
-    output, _ = end_one_rank(folder, environment, 1, 'train')
+@pytest.mark.parametrize(
+    ('rank', 'stage'),
+    [
+        (1, 'train'),
+        *(pytest.param(0, stage, marks=pytest.mark.long) for stage in ('train', 'val', 'test')),
+        *(pytest.param(1, stage, marks=pytest.mark.long) for stage in ('val', 'test')),
+    ],
+)
+def test_a_killed_rank_ends_the_job(rank, stage, folder, environment, weights):
+    checkpoint = [weights] if stage == 'test' else []
+    output, seconds = end_one_rank(folder, environment, rank, stage, *checkpoint)
     assert 'Signal 9 (SIGKILL) received' in output
+    print(f'rank {rank} killed in {stage}: all processes ended after {seconds} s')
 
 
 def test_a_failing_rank_ends_the_job_with_its_error(folder, environment):
@@ -354,28 +362,3 @@ def test_a_failing_rank_ends_the_job_with_its_error(folder, environment):
     assert re.search(own, output), output[-4000:]
     assert 'ZeroDivisionError: of rank 1' in output
     assert 'fails in train, iteration 2)' in output or sys.version_info < (3, 11)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize('stage', ['train', 'val', 'test'])
-@pytest.mark.parametrize('rank', [0, 1])
-def test_a_rank_killed_at_any_stage_ends_the_job(rank, stage, folder, environment, segmentors):
-    checkpoint = [segmentors[0] / 'iter_10.pth'] if stage == 'test' else []
-    output, seconds = end_one_rank(folder, environment, rank, stage, *checkpoint)
-    assert 'Signal 9 (SIGKILL) received' in output
-    print(f'rank {rank} killed in {stage}: all processes ended after {seconds} s')
-
-
-@pytest.mark.long
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_launcher_stops_its_processes(number, folder, environment):
-    work_dir = folder / f'stopped by {number.name}'
-    options = ['--work-dir', work_dir, '--cfg-options', *WORKERS, 'train_cfg.max_iters=1000']
-    job = Job([TOOLS / 'dist_train.sh', 'segmentor_sgd.py', 2, *options], folder, environment)
-    running = [work_dir / f'rank{rank}.jsonl' for rank in range(2)]
-    job.wait_until(lambda: all(path.exists() for path in running) or job.ended(), 600)
-    job.process.send_signal(number)
-    seconds = job.wait_until(job.ended, 60)
-
-    assert job.process.returncode != 0
-    print(f'launcher stopped by {number.name}: all processes ended after {seconds} s')

@@ -15,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 from jobs import ROOT, load_tool, write_image, write_map
+from PIL import Image
 
 from mmscalablevit.errors import UserError
 

@@ -98,9 +98,18 @@ def assert_same_training(one, other):
     assert first['param_schedulers'] == second['param_schedulers']
 
 
-def survives(folder, name, kills, seed, tool):
-    """Kill trainings of a tool, and compare with one of ours that never stopped."""
-    draw = random.Random(seed)
+@pytest.mark.parametrize(
+    ('name', 'toolbox', 'kills'),
+    [
+        ('segmentor', 'mmseg', 1),
+        pytest.param('segmentor', 'mmseg', 5, marks=pytest.mark.long),
+        pytest.param('detector', 'mmdet', 5, marks=pytest.mark.long),
+    ],
+)
+def test_killed_training_ends_with_the_same_weights(name, toolbox, kills, folder):
+    """By the tool of a toolbox; what never stopped is trained by ours."""
+    seed = 3 if kills == 1 else random.randrange(1000)
+    draw, tool = random.Random(seed), packaged(toolbox, 'train.py')
     work_dir = folder / f'{name}_killed_{kills}'
     for iteration in sorted(draw.sample(range(1, MAX_ITERS - 2), kills)):
         job = start(folder, f'{name}.py', work_dir, tool=tool)
@@ -113,38 +122,21 @@ def survives(folder, name, kills, seed, tool):
     options = ['--cfg-options', f'randomness.seed={of_killed}']
     finish(start(folder, f'{name}.py', whole, *options), folder, whole)
     assert_same_training(last, whole / last.name)
-    return work_dir, output
-
-
-def test_killed_training_ends_with_the_same_weights(folder):
-    tool = packaged('mmseg', 'train.py')
-    work_dir, output = survives(folder, 'segmentor', kills=1, seed=3, tool=tool)
-
-    assert 'resumed epoch' in output
-    assert 'Nothing is left to train' not in output
-    # Once more: it says that it is done. And it is not done while another works there.
-    with lock_work_dir(work_dir):
-        job = start(folder, 'segmentor.py', work_dir)
-        output = finish(job, folder, work_dir, expect=1)
-    assert_one_sentence(output, str(work_dir), 'is in use by another training')
-    output = finish(start(folder, 'segmentor.py', work_dir), folder, work_dir)
-    assert f'is of iteration {MAX_ITERS} of {MAX_ITERS}' in output
-
-
-@pytest.mark.long
-@pytest.mark.parametrize(('name', 'toolbox'), [('segmentor', 'mmseg'), ('detector', 'mmdet')])
-def test_training_killed_five_times_ends_with_the_same_weights(name, toolbox, folder):
-    seed = random.randrange(1000)
-    print(f'random moments of seed {seed}')
-    tool = packaged(toolbox, 'train.py')
-    _, output = survives(folder, name, kills=5, seed=seed, tool=tool)
-
     resumed = output.count('resumed epoch')
     assert resumed > 0
+    assert 'Nothing is left to train' not in output
     print(
-        f'{name}: kills survived: 5, resumed from a checkpoint {resumed} times; weights, averaged '
-        'weights and optimizer bit-equal to those of the uninterrupted run'
+        f'{name}: kills of seed {seed} survived: {kills}, resumed from a checkpoint {resumed} '
+        'times; weights, averaged weights and optimizer bit-equal to those of an uninterrupted run'
     )
+
+    # Once more: it says that it is done. And it is not done while another works there.
+    with lock_work_dir(work_dir):
+        job = start(folder, f'{name}.py', work_dir)
+        output = finish(job, folder, work_dir, expect=1)
+    assert_one_sentence(output, str(work_dir), 'is in use by another training')
+    output = finish(start(folder, f'{name}.py', work_dir), folder, work_dir)
+    assert f'is of iteration {MAX_ITERS} of {MAX_ITERS}' in output
 
 
 def run_in_child(function, *args):
