@@ -2,8 +2,9 @@
 """Export a model to ONNX or ``torch.export``, with height and width left open.
 
 Detectors become ONNX whole, with NMS, for one image; other models serve any batch. Both formats
-start from one program of ``torch.export``. Adaptive pooling is traced in another form of the same
-result, since ONNX cannot take its bins from an open size. The written file is loaded again and
+start from one program of ``torch.export``. Adaptive pooling and, for ONNX, attention are traced in
+another form of the same result: ONNX cannot take bins from an open size, and its products need no
+values as wide as the keys. The written file is loaded again and
 compared with PyTorch, which runs the usual form.
 """
 
@@ -24,82 +25,21 @@ from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import DATASETS, MODELS, init_default_scope
+from onnx_wrappers import Backbone, Classifier, DetectorMaps, Normalized, Segmentor
 from torch import Tensor, nn
 
 from mmscalablevit import cli
 from mmscalablevit.checkpoint.reading import load_weights
 from mmscalablevit.errors import UserError, config_errors
+from mmscalablevit.models import attention
 
 # Maps of one row or column may be traced as a case of their own; from 64 pixels on there are none.
 MIN_SIZE, MAX_SIZE = 64, 8192
-EXAMPLE_SHAPE = (3, 3, 97, 131)
 CHECK_SIZES = ['1x224x224', '2x185x331', '1x512x512']
 MIN_OPSET = 18
 TOLERANCE = 1e-4
 MIN_EQUAL_LABELS = 0.999
 SUFFIXES = {'onnx': '.onnx', 'torch-export': '.pt2'}
-
-
-class Wrapper(nn.Module):
-    """A model whose inputs and outputs are plain tensors."""
-
-    output_names: list[str]
-    one_image = False
-    translations = None
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-
-class Backbone(Wrapper):
-    """The feature maps alone: images (B, 3, H, W) to ``stage0`` to ``stage3``."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(model.backbone)
-        self.output_names = [f'stage{i}' for i in self.model.out_indices]
-
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Compute the maps."""
-        return tuple(self.model(images))
-
-
-class Segmentor(Wrapper):
-    """A segmentor on whole images (B, 3, H, W): logits (B, classes, H, W), labels (B, H, W)."""
-
-    output_names = ['logits', 'labels']
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute logits and labels at the size of the images."""
-        logits = self.model.encode_decode(images, [dict(img_shape=images.shape[2:])])
-        if logits.shape[1] == 1:
-            threshold = self.model.decode_head.threshold
-            return logits, (logits.sigmoid() > threshold)[:, 0].long()
-        return logits, logits.argmax(1)
-
-
-class DetectorMaps(Wrapper):
-    """A single-stage detector up to its head's maps, before decoding and NMS."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(model)
-        levels = range(len(model.bbox_head.prior_generator.strides))
-        self.output_names = [f'{kind}{i}' for kind in ('scores', 'boxes') for i in levels]
-
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Compute ``scores`` of every level, then ``boxes`` of every level."""
-        scores, boxes = self.model(images, mode='tensor')
-        return (*scores, *boxes)
-
-
-class Classifier(Wrapper):
-    """A classifier: images (B, 3, H, W) to logits (B, classes)."""
-
-    output_names = ['logits']
-
-    def forward(self, images: Tensor) -> tuple[Tensor]:
-        """Compute the logits."""
-        return (self.model(images, mode='tensor'),)
 
 
 def parse_args() -> argparse.Namespace:
@@ -132,6 +72,9 @@ def parse_args() -> argparse.Namespace:
         '--static', metavar='BxHxW', help='the one batch, height and width to serve; default: any'
     )
     parser.add_argument(
+        '--normalize', action='store_true', help='in the file, which then takes pixels of 0 to 255'
+    )
+    parser.add_argument(
         '--check-sizes',
         nargs='+',
         metavar='BxHxW',
@@ -148,6 +91,8 @@ def main() -> None:
     static = parse_size(args.static, '--static') if args.static else None
     sizes = args.check_sizes or ([args.static] if static else CHECK_SIZES)
     sizes = [parse_size(text, '--check-sizes') for text in sizes]
+    if static and sizes != [static]:
+        raise UserError(f'--check-sizes must be that of --static, {args.static}')
     check_arguments(args)
     cfg = cli.read_config(args.config, args.cfg_options)
     # Else every parameter's initialization is logged.
@@ -159,12 +104,16 @@ def main() -> None:
             sizes = [(1, *size[1:]) for size in sizes]
         if any(size[0] > 1 for size in sizes):
             raise UserError('a whole detector takes one image: sizes must be 1xHxW')
+    if args.normalize:
+        if not hasattr(model.data_preprocessor, 'mean'):
+            raise UserError(f'--normalize: {args.config} has no mean and std in data_preprocessor')
+        wrapped = Normalized(wrapped, model.data_preprocessor).eval()
     metadata = describe(model, wrapped, cfg, args)
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
 
     print('Tracing (a minute or more for a large model) ...', flush=True)
-    program = trace(wrapped, static)
+    program = trace(wrapped, static, args.format)
     print(f'Writing {args.format} ...', flush=True)
     if args.format == 'onnx':
         save_onnx(program, wrapped, args.opset, metadata, out)
@@ -228,15 +177,15 @@ def wrap(model: nn.Module, part: str, file_format: str) -> nn.Module:
         return Backbone(model)
     name = type(model).__name__
     bases = {base.__name__ for base in type(model).__mro__}
-    if part == 'model' and bases & {'RetinaNet', 'MaskRCNN', 'CascadeRCNN'}:
+    if part == 'model' and bases & {'RetinaNet', 'MaskRCNN', 'CascadeRCNN', 'DINO'}:
         # mmdet is needed for these alone.
-        from onnx_detectors import WholeDetector
+        from onnx_detectors import WholeDetector, WholeDino
 
         if file_format != 'onnx':
             raise UserError(
                 'boxes are for --format onnx; torch-export takes --part backbone or maps'
             )
-        return WholeDetector(model).eval()
+        return (WholeDino if 'DINO' in bases else WholeDetector)(model).eval()
     kinds = dict(EncoderDecoder=Segmentor, ImageClassifier=Classifier)
     if part == 'maps':
         kinds = dict(SingleStageDetector=DetectorMaps)
@@ -265,14 +214,15 @@ def describe(
         weights=Path(args.checkpoint).name if args.checkpoint else 'initial, untrained',
         input=f'float32, ({1 if wrapped.one_image else "B"}, 3, H, W), '
         + (f'of {args.static}, ' if args.static else f'H and W of {MIN_SIZE} to {MAX_SIZE}, ')
-        + '(value of 0 to 255 - mean) / std',
+        + ('value of 0 to 255' if args.normalize else '(value of 0 to 255 - mean) / std'),
         channels='RGB' if rgb else 'BGR',
     )
     if hasattr(preprocessor, 'mean'):
         for key in ('mean', 'std'):
-            metadata[key] = json.dumps(
-                [round(x, 4) for x in getattr(preprocessor, key).flatten().tolist()]
-            )
+            values = [round(x, 4) for x in getattr(preprocessor, key).flatten().tolist()]
+            # Those that are left to do outside of the file.
+            values = [float(key == 'std')] * len(values) if args.normalize else values
+            metadata[key] = json.dumps(values)
     for step in cfg.get('test_pipeline', []):
         if step.type == 'Resize' and 'scale' in step:
             metadata['scale'] = json.dumps(step.scale)
@@ -284,7 +234,9 @@ def describe(
 
 
 def trace(
-    model: nn.Module, static: tuple[int, int, int] | None = None
+    model: nn.Module,
+    static: tuple[int, int, int] | None = None,
+    file_format: str = 'torch-export',
 ) -> torch.export.ExportedProgram:
     """Trace a model in eval mode of images (B, 3, H, W) with ``torch.export``.
 
@@ -293,17 +245,15 @@ def trace(
     dim = torch.export.Dim
     side = dict(min=MIN_SIZE, max=MAX_SIZE)
     sizes = {2: dim('height', **side), 3: dim('width', **side)}
-    batch, channels, *sides = EXAMPLE_SHAPE
-    if getattr(model, 'one_image', False):
-        batch = 1
-    else:
+    batch, sides = (1 if model.one_image else 3), model.example_sides
+    if not model.one_image:
         sizes[0] = dim('batch', min=1)
     if static is not None:
         (batch, *sides), sizes = static, None
-    with exportable(), torch.no_grad():
+    with exportable(file_format), torch.no_grad():
         program = torch.export.export(
             model,
-            (torch.zeros(batch, channels, *sides),),
+            (torch.zeros(batch, 3, *sides),),
             dynamic_shapes=(sizes,),
             strict=False,
             prefer_deferred_runtime_asserts_over_guards=True,
@@ -320,11 +270,13 @@ def trace(
 
 
 @contextlib.contextmanager
-def exportable() -> Iterator[None]:
-    """Run adaptive pooling in a form for any size, and leave sizes of one open."""
+def exportable(file_format: str) -> Iterator[None]:
+    """Run parts in forms for any size and for ONNX, and leave sizes of one open."""
     import torch.fx.experimental._config as config
 
+    attend = attend_by_products if file_format == 'onnx' else attention.fused_attention
     with (
+        mock.patch.object(attention, 'fused_attention', attend),
         mock.patch.object(nn.AdaptiveAvgPool2d, 'forward', pool_any_map),
         # Else a batch or map of one is taken for a case of its own.
         config.patch(backed_size_oblivious=True),
@@ -337,6 +289,17 @@ def pool_any_map(self: nn.AdaptiveAvgPool2d, x: Tensor) -> Tensor:
     sizes = self.output_size
     rows, columns = sizes if isinstance(sizes, tuple) else (sizes, sizes)
     return bins(x.shape[2], rows, x) @ x @ bins(x.shape[3], columns, x).T
+
+
+def attend_by_products(
+    query: Tensor, key: Tensor, value: Tensor, num_heads: int, scale: float, _: float = 0.0
+) -> Tensor:
+    """``fused_attention`` without padded values, and in a quarter of the operators of ONNX."""
+    query, key, value = (
+        x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (query * scale, key, value)
+    )
+    weights = (query @ key.transpose(2, 3)).softmax(-1)
+    return (weights @ value).transpose(1, 2).flatten(2)
 
 
 def bins(size: int, number: int, like: Tensor) -> Tensor:
@@ -406,6 +369,7 @@ def compare(
     torch.manual_seed(0)
     for batch, height, width in sizes:
         images = torch.randn(batch, 3, height, width)
+        images = images * 60 + 120 if args.normalize else images
         difference = judge(eager(images), run(images))
         times = [[], []]
         for _ in range(args.repeat):

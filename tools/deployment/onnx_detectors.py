@@ -1,10 +1,13 @@
 # Copyright (c) mmscalablevit contributors. All rights reserved.
-"""mmdet's anchor-based detectors from image to boxes, in operators that ONNX has.
+"""mmdet's detectors from image to boxes, in operators that ONNX has.
 
 The parts are the detector's own; only the selection of boxes, which mmdet writes with branches on
-their number, is written again.
+their number, and DINO's bookkeeping of the sizes of its maps are written again.
 """
 
+from unittest import mock
+
+import numpy as np
 import torch
 from mmdet.models.dense_heads import RetinaHead, RPNHead
 from mmdet.models.roi_heads import CascadeRoIHead, StandardRoIHead
@@ -13,6 +16,7 @@ from mmdet.structures import DetDataSample
 from mmengine.config import ConfigDict
 from mmengine.structures import InstanceData
 from onnx_operators import nms, roi_align, translations
+from onnx_wrappers import Wrapper
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -22,7 +26,41 @@ from mmscalablevit.errors import UserError
 BOX_TOLERANCE, SCORE_TOLERANCE = 0.1, 1e-3
 
 
-class WholeDetector(nn.Module):
+class OneImage(Wrapper):
+    """A detector of one image of any size, and its comparison with mmdet's own code."""
+
+    output_names = ['dets', 'labels']
+    one_image = True
+    translations = staticmethod(translations)
+
+    def pad(self, images: Tensor) -> Tensor:
+        """Pad as the detector's preprocessor."""
+        divisor = self.model.data_preprocessor.pad_size_divisor
+        height, width = images.shape[2:]
+        padding = (0, -width % divisor, 0, -height % divisor)
+        return F.pad(images, padding, value=float(self.model.data_preprocessor.pad_value))
+
+    def reference(self, images: Tensor) -> InstanceData:
+        """What mmdet itself finds in the same image; masks are of the image's size."""
+        shape, padded = tuple(images.shape[2:]), self.pad(images)
+        sizes = dict(img_shape=shape, ori_shape=shape, batch_input_shape=tuple(padded.shape[2:]))
+        sample = DetDataSample(metainfo=dict(sizes, scale_factor=(1, 1)))
+        return self.model.predict(padded, [sample])[0].pred_instances
+
+    def judge(self, wanted: InstanceData, got: list[Tensor]) -> str:
+        """Say how many boxes are mmdet's; raises where more than 1% are not."""
+        dets, labels = got[0][0], got[1][0]
+        near = (wanted.bboxes[:, None] - dets[:, :4]).abs().amax(2) <= BOX_TOLERANCE
+        near &= (wanted.scores[:, None] - dets[:, 4]).abs() <= SCORE_TOLERANCE
+        near &= wanted.labels[:, None] == labels
+        same = int(near.any(1).sum())
+        text = f'{same} of {len(wanted)} boxes of mmdet are among {len(dets)} of the file'
+        if min(same, int(near.any(0).sum())) < 0.99 * max(near.shape):
+            raise UserError(text)
+        return text
+
+
+class WholeDetector(OneImage):
     """RetinaNet, Mask R-CNN or Cascade Mask R-CNN on one image of any size.
 
     Args:
@@ -32,12 +70,8 @@ class WholeDetector(nn.Module):
         UserError: A part of the detector has no form in ONNX here.
     """
 
-    one_image = True
-    translations = staticmethod(translations)
-
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
+        super().__init__(model)
         self.roi_head = getattr(model, 'roi_head', None)
         self.dense_head = model.bbox_head if self.roi_head is None else model.rpn_head
         self.with_mask = self.roi_head is not None and self.roi_head.with_mask
@@ -64,13 +98,6 @@ class WholeDetector(nn.Module):
         return (
             (*outputs, self.segment(features, boxes, labels)[None]) if self.with_mask else outputs
         )
-
-    def pad(self, images: Tensor) -> Tensor:
-        """Pad as the detector's preprocessor."""
-        divisor = self.model.data_preprocessor.pad_size_divisor
-        height, width = images.shape[2:]
-        padding = (0, -width % divisor, 0, -height % divisor)
-        return F.pad(images, padding, value=float(self.model.data_preprocessor.pad_value))
 
     def propose(self, features: tuple[Tensor, ...], shape: torch.Size) -> tuple[Tensor, ...]:
         """The boxes, scores and labels of a dense head after NMS."""
@@ -134,23 +161,72 @@ class WholeDetector(nn.Module):
         index = labels[:, None, None, None].expand(-1, 1, *mask.shape[2:])
         return mask.gather(1, index)[:, 0]
 
-    def reference(self, images: Tensor) -> InstanceData:
-        """What mmdet itself finds in the same image; masks are of the image's size."""
-        shape = tuple(images.shape[2:])
-        sample = DetDataSample(metainfo=dict(img_shape=shape, ori_shape=shape, scale_factor=(1, 1)))
-        return self.model.predict(self.pad(images), [sample])[0].pred_instances
 
-    def judge(self, wanted: InstanceData, got: list[Tensor]) -> str:
-        """Say how many boxes are mmdet's; raises where more than 1% are not."""
-        dets, labels = got[0][0], got[1][0]
-        near = (wanted.bboxes[:, None] - dets[:, :4]).abs().amax(2) <= BOX_TOLERANCE
-        near &= (wanted.scores[:, None] - dets[:, 4]).abs() <= SCORE_TOLERANCE
-        near &= wanted.labels[:, None] == labels
-        same = int(near.any(1).sum())
-        text = f'{same} of {len(wanted)} boxes of mmdet are among {len(dets)} of the file'
-        if min(same, int(near.any(0).sum())) < 0.99 * max(near.shape):
-            raise UserError(text)
-        return text
+class WholeDino(OneImage):
+    """DINO on one image of any size, its deformable attention by grid sampling.
+
+    Args:
+        model: The detector, in eval mode.
+
+    Raises:
+        UserError: Its preprocessor pads, for which it would need masks.
+    """
+
+    # Of more points than there are queries.
+    example_sides = (353, 389)
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        if model.data_preprocessor.pad_size_divisor > 1:
+            raise UserError('DINO can be exported with pad_size_divisor=1 alone')
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Detect objects: ``dets`` and ``labels`` of an image (1, 3, H, W), as WholeDetector."""
+        model = self.model
+        maps = model.extract_feat(images)
+        places = [
+            model.positional_encoding(None, input=x) + embedding.view(1, -1, 1, 1)
+            for x, embedding in zip(maps, model.level_embed, strict=True)
+        ]
+        shared = dict(
+            spatial_shapes=Sizes(tuple(x.shape[2:]) for x in maps),
+            level_start_index=None,
+            valid_ratios=images.new_ones(1, len(maps), 2),
+        )
+        # By mmdet's forms of these, all images had the size of the traced one.
+        with (
+            mock.patch.object(torch, 'linspace', steps_of_one),
+            mock.patch.object(Tensor, 'new_tensor', lambda self, data: torch.tensor(data).to(self)),
+        ):
+            encoded = model.forward_encoder(
+                feat=sequence(maps), feat_mask=None, feat_pos=sequence(places), **shared
+            )
+            queries, _ = model.pre_decoder(**encoded)
+        decoded = model.forward_decoder(memory_mask=None, **queries, **shared)
+        head, metainfo = model.bbox_head, dict(img_shape=images.shape[2:])
+        found = head.predict_by_feat(*head(**decoded), batch_img_metas=[metainfo])[0]
+        return join(found.bboxes, found.scores), found.labels[None]
+
+
+class Sizes(list):
+    """Heights and widths of maps, with the two ways in which mmcv indexes a tensor of them."""
+
+    def __getitem__(self, index: int | tuple) -> object:
+        """A tensor of heights or widths, of ``[:, i]`` an array that can be compared in a trace."""
+        if not isinstance(index, tuple):
+            return super().__getitem__(index)
+        sizes = [size[index[1]] for size in self]
+        return torch.tensor(sizes) if index[0] is Ellipsis else np.array(sizes, dtype=object)
+
+
+def steps_of_one(start: float, end: float, steps: int, **kwargs: object) -> Tensor:
+    """``torch.linspace`` of points at a distance of one, which are all that mmdet takes."""
+    return start + torch.arange(steps, **kwargs)
+
+
+def sequence(maps: list[Tensor]) -> Tensor:
+    """Maps (1, C, H, W) of all levels as (1, sum of H * W, C)."""
+    return torch.cat([x.flatten(2) for x in maps], 2).transpose(1, 2)
 
 
 def check(detector: WholeDetector) -> None:
