@@ -10,15 +10,20 @@ import numpy as np
 import onnxruntime
 
 
-def main() -> None:
-    """Detect, draw, write."""
+def parse_args() -> argparse.Namespace:
+    """Parse the command line."""
     example = 'example: python demo/onnx_demo.py photo.jpg mask-rcnn.onnx --out objects.jpg'
     parser = argparse.ArgumentParser(description=__doc__, epilog=example)
     parser.add_argument('image', help='the image, in a format of OpenCV')
     parser.add_argument('model', help='a whole detector of tools/deployment/export_onnx.py')
     parser.add_argument('--out', required=True, help='picture to write')
     parser.add_argument('--score-thr', type=float, default=0.3, help='of objects, default 0.3')
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Detect, draw, write."""
+    args = parse_args()
     if (image := cv2.imread(args.image)) is None:
         raise SystemExit(f'error: {args.image} is missing or no image')
     if not Path(args.model).is_file():
