@@ -6,13 +6,13 @@ _base_ = [
     '../../_base_/schedules/schedule_small_data_cpu.py',
 ]
 channels = 64
-# Anchors of 12 to 96 pixels; an image has up to 375 nuclei.
+# Anchors of 8 to 128 pixels; an image has up to 375 nuclei.
 model = dict(
     neck=dict(out_channels=channels, num_outs=4, norm_cfg=dict(type='BN')),
     rpn_head=dict(
         in_channels=channels,
         feat_channels=channels,
-        anchor_generator=dict(scales=[3], strides=[4, 8, 16, 32]),
+        anchor_generator=dict(scales=[2, 3, 4], strides=[4, 8, 16, 32]),
     ),
     roi_head=dict(
         bbox_roi_extractor=dict(out_channels=channels, finest_scale=28),
@@ -29,7 +29,7 @@ model = dict(
     test_cfg=dict(rpn=dict(max_per_img=600), rcnn=dict(max_per_img=400)),
 )
 
-max_iters = 500
+max_iters = 800
 train_cfg = dict(max_iters=max_iters, val_interval=max_iters)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),

@@ -16,10 +16,14 @@ model = dict(
         feat_channels=channels,
         norm_cfg=dict(type='GN', num_groups=8),
         anchor_generator=dict(octave_base_scale=2, strides=[8, 16, 32, 64]),
+        reg_decoded_bbox=True,
+        loss_bbox=dict(_delete_=True, type='GIoULoss', loss_weight=2.0),
     ),
+    # Red cells overlap.
+    test_cfg=dict(nms=dict(type='soft_nms', method='gaussian')),
 )
 
-max_iters = 800
+max_iters = 1200
 train_cfg = dict(max_iters=max_iters, val_interval=400)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),

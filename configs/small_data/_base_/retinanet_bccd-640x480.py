@@ -8,7 +8,13 @@ _base_ = [
 # Norms as in the smaller size, which did not learn from scratch without them.
 model = dict(
     neck=dict(start_level=0, norm_cfg=dict(type='BN')),
-    bbox_head=dict(num_classes=3, norm_cfg=dict(type='GN', num_groups=32)),
+    bbox_head=dict(
+        num_classes=3,
+        norm_cfg=dict(type='GN', num_groups=32),
+        reg_decoded_bbox=True,
+        loss_bbox=dict(_delete_=True, type='GIoULoss', loss_weight=2.0),
+    ),
+    test_cfg=dict(nms=dict(type='soft_nms', method='gaussian')),
 )
 
 
