@@ -120,6 +120,7 @@ def test_markdown(tool, table, capsys):
 
 
 def test_missing_toolbox_is_one_sentence(call, monkeypatch):
-    monkeypatch.setitem(sys.modules, 'mmseg', None)
+    for name in ('mmseg', 'mmseg.models'):
+        monkeypatch.setitem(sys.modules, name, None)
     said, _ = call(TOOL)
     assert said.startswith('error: the table needs mmseg, which cannot')

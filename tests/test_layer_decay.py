@@ -278,7 +278,7 @@ def test_log_is_a_summary():
     messages = []
     handler = logging.Handler(logging.INFO)
     handler.emit = lambda record: messages.append(record.getMessage())
-    logger = MMLogger.get_current_instance()
+    logger = MMLogger.get_instance('summary', log_level='INFO')
     logger.addHandler(handler)
     try:
         wrapper_of(tiny(), layer_decay_rate=0.5, norm_decay_mult=0.0)
