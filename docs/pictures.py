@@ -1,10 +1,10 @@
 # Copyright (c) mmscalablevit contributors. All rights reserved.
 """Draw pictures of the pages: published results over FLOPs, and predictions.
 
-Predictions are those that ``demo/image_demo.py`` wrote for a folder of images::
+Predictions are those that ``demo/image_demo.py`` wrote to a folder for one image each::
 
     python docs/pictures.py published
-    python docs/pictures.py predictions IMAGES DETECTED SEGMENTED NAME ... --out hero.jpg
+    python docs/pictures.py predictions --detected IMAGE FOLDER --segmented IMAGE FOLDER --out FILE
 """
 
 import argparse
@@ -46,10 +46,16 @@ def main() -> None:
     )
     pictures = parser.add_subparsers(dest='picture', required=True)
     pictures.add_parser('published', help='box AP and mIoU over GFLOPs, from the metafiles')
-    drawn = pictures.add_parser('predictions', help='image, boxes and masks, label map')
-    for name in ('images', 'detected', 'segmented'):
-        drawn.add_argument(name, type=Path, help='folder')
-    drawn.add_argument('names', nargs='+', help='names of images without suffix')
+    drawn = pictures.add_parser('predictions', help='images and what was found, side by side')
+    for name in ('detected', 'segmented'):
+        drawn.add_argument(
+            f'--{name}',
+            type=Path,
+            nargs=2,
+            action='append',
+            default=[],
+            metavar=('IMAGE', 'FOLDER'),
+        )
     drawn.add_argument('--out', type=Path, required=True, help='file of the picture')
     args = parser.parse_args()
     if args.picture == 'published':
@@ -80,21 +86,23 @@ def draw_published(out: Path) -> None:
 
 
 def draw_predictions(args: argparse.Namespace) -> None:
-    """Draw a strip: of each image itself, its detections and its label map."""
-    predictions = json.loads((args.detected / 'predictions.json').read_text())
-    ids = {Path(image['file_name']).stem: image['id'] for image in predictions['images']}
+    """Draw a strip: images with their detections, then label maps."""
     tiles = []
-    for name in args.names:
-        image = cv2.imread(str(next(args.images.glob(f'{name}.*'))))[..., ::-1]
+    for path, folder in args.detected:
+        predictions = json.loads((folder / 'predictions.json').read_text())
+        (number,) = [x['id'] for x in predictions['images'] if x['file_name'].endswith(path.name)]
+        image = cv2.imread(str(path))[..., ::-1]
         objects = [
             found
             for found in predictions['annotations']
-            if found['image_id'] == ids[name] and found['score'] > SCORE
+            if found['image_id'] == number and found['score'] > SCORE
         ]
-        labels = args.segmented / 'label_maps' / f'{name}.png'
+        tiles += [enlarge(image), draw_objects(image, objects)]
+    for path, folder in args.segmented:
+        labels = folder / 'label_maps' / f'{path.stem}.png'
         labels = cv2.imread(str(labels), cv2.IMREAD_UNCHANGED)
         colors = np.array([BACKGROUND, *COLORS], np.uint8)[labels]
-        tiles += [enlarge(image), draw_objects(image, objects), enlarge(colors, cv2.INTER_NEAREST)]
+        tiles.append(enlarge(colors, cv2.INTER_NEAREST))
     gap = np.full((SIDE, 8, 3), 255, np.uint8)
     strip = np.hstack([part for tile in tiles for part in (tile, gap)][:-1])
     cv2.imwrite(str(args.out), strip[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 88])
@@ -102,20 +110,22 @@ def draw_predictions(args: argparse.Namespace) -> None:
 
 def draw_objects(image: np.ndarray, objects: list[dict]) -> np.ndarray:
     """Draw boxes and masks on an enlarged image (H, W, 3), a color for each class."""
-    factor = SIDE / max(image.shape[:2])
+    factor = SIDE / image.shape[0]
     image = enlarge(image)
     for found in objects:
         color = COLORS[found['category_id'] - 1]
-        mask = enlarge(coco_mask.decode(found['segmentation'])) > 0
-        image[mask] = (0.35 * image[mask] + 0.65 * np.array(color)).astype(np.uint8)
+        if 'segmentation' in found:
+            mask = enlarge(coco_mask.decode(found['segmentation'])) > 0
+            image[mask] = (0.35 * image[mask] + 0.65 * np.array(color)).astype(np.uint8)
         x, y, width, height = (round(value * factor) for value in found['bbox'])
         cv2.rectangle(image, (x, y), (x + width, y + height), color, 2)
     return image
 
 
 def enlarge(picture: np.ndarray, interpolation: int = cv2.INTER_LINEAR) -> np.ndarray:
-    """Scale a picture to the side of the strip."""
-    return cv2.resize(picture, (SIDE, SIDE), interpolation=interpolation)
+    """Scale a picture to the height of the strip."""
+    width = round(picture.shape[1] * SIDE / picture.shape[0])
+    return cv2.resize(picture, (width, SIDE), interpolation=interpolation)
 
 
 if __name__ == '__main__':

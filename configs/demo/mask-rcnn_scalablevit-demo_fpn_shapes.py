@@ -31,14 +31,14 @@ model = dict(
     train_cfg=dict(
         rpn=dict(sampler=dict(num=128)),
         rpn_proposal=dict(nms_pre=300, max_per_img=100),
-        rcnn=dict(sampler=dict(num=32, pos_fraction=0.5)),
+        rcnn=dict(sampler=dict(num=24, pos_fraction=0.5)),
     ),
     # An image holds six shapes at most, and they overlap.
     test_cfg=dict(rpn=dict(nms_pre=300, max_per_img=30), rcnn=dict(nms=dict(type='soft_nms'))),
 )
 
-max_iters = 1400
-train_cfg = dict(max_iters=max_iters, val_interval=350)
+max_iters = 1700
+train_cfg = dict(max_iters=max_iters, val_interval=850)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),
     dict(type='CosineAnnealingLR', eta_min=1e-6, by_epoch=False, begin=50, end=max_iters),
