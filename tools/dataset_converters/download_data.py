@@ -48,8 +48,10 @@ ARCHIVES = dict(
         ),
     },
 )
-for _name, (_repository, _commit) in small_data.SOURCES.items():
-    ARCHIVES[_name] = {f'https://github.com/{_repository}/archive/{_commit}.zip': (0, '')}
+ARCHIVES |= {
+    name: {f'https://github.com/{repository}/archive/{commit}.zip': (0, '')}
+    for name, (repository, commit) in small_data.SOURCES.items()
+}
 FOLDERS = dict(coco='data/coco', ade20k='data/ade') | {
     name: f'data/raw/{name}' for name in small_data.SOURCES
 }
