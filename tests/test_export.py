@@ -100,6 +100,59 @@ def test_onnx_of_a_segmentor_with_its_checkpoint(tool, tmp_path, monkeypatch, ca
         assert (labels == wanted.argmax(1)).float().mean() > 0.999
 
 
+@pytest.fixture
+def mask2former(tool):
+    """A small one as its config, and built."""
+    pytest.importorskip('mmdet')
+    pytest.importorskip('mmseg')
+    path = ROOT / 'configs/segmentation/scalablevit-s_mask2former_8xb2-160k_ade20k-512x512.py'
+    cfg = tool.Config.fromfile(path)
+    cfg.model.backbone.arch = tool.Config.fromfile(DATA / 'tiny_upernet.py').model.backbone.arch
+    cfg.model.backbone.arch.depths = [1, 1, 1, 1]
+    head = cfg.model.decode_head
+    head.in_channels = cfg.model.backbone.arch.embed_dims
+    head.pixel_decoder.encoder.num_layers = head.transformer_decoder.num_layers = 2
+    cfg.pop('test_dataloader')
+    torch.manual_seed(0)
+    return cfg, tool.build_model(cfg, None)
+
+
+def check_mask2former(model, run):
+    """Compare labels and logits at other sizes than traced with those of mmseg's test step."""
+    from mmseg.structures import SegDataSample
+
+    for size in ((64, 70), (96, 160), (201, 77)):
+        image = torch.randint(256, (3, *size), dtype=torch.uint8)
+        sample = SegDataSample(metainfo=dict(img_shape=size, ori_shape=size))
+        with torch.no_grad():
+            wanted = model.test_step(dict(inputs=[image], data_samples=[sample]))[0]
+            mean, std = model.data_preprocessor.mean, model.data_preprocessor.std
+            logits, labels = run(((image.flip(0) - mean) / std)[None])
+        torch.testing.assert_close(logits[0], wanted.seg_logits.data, atol=1e-4, rtol=1e-4)
+        assert (labels == wanted.pred_sem_seg.data).float().mean() > 0.999
+
+
+def test_mask2former_at_other_sizes(tool, mask2former):
+    _, model = mask2former
+    check_mask2former(model, tool.trace(tool.wrap(model, 'model', 'onnx'), None, 'onnx').module())
+
+
+@pytest.mark.long
+def test_onnx_of_mask2former(tool, mask2former, tmp_path, monkeypatch):
+    onnxruntime = pytest.importorskip('onnxruntime', reason='the extra onnx is not installed')
+    cfg, model = mask2former
+    cfg.dump(tmp_path / 'config.py')
+    torch.save(dict(state_dict=model.state_dict()), tmp_path / 'weights.pth')
+    words = ['--checkpoint', tmp_path / 'weights.pth', '--out', tmp_path / 'model.onnx']
+    call(tool, monkeypatch, tmp_path / 'config.py', *words, '--repeat', 1)
+    session = onnxruntime.InferenceSession(
+        tmp_path / 'model.onnx', providers=['CPUExecutionProvider']
+    )
+    check_mask2former(
+        model, lambda x: map(torch.from_numpy, session.run(None, {'images': x.numpy()}))
+    )
+
+
 @pytest.mark.parametrize(
     ('config', 'words', 'said'),
     [

@@ -1,7 +1,8 @@
 # Copyright (c) mmscalablevit contributors. All rights reserved.
 """Export a model to ONNX or ``torch.export``, with height and width left open.
 
-Detectors become ONNX whole, with NMS, for one image; other models serve any batch. Both formats
+Detectors become ONNX whole, with NMS, for one image, as does Mask2Former; other models serve any
+batch. Both formats
 start from one program of ``torch.export``. Adaptive pooling and, for ONNX, attention are traced in
 another form of the same result: ONNX cannot take bins from an open size, and its products need no
 values as wide as the keys. The written file is loaded again and
@@ -103,7 +104,7 @@ def main() -> None:
         if args.check_sizes is None and static is None:
             sizes = [(1, *size[1:]) for size in sizes]
         if any(size[0] > 1 for size in sizes):
-            raise UserError('a whole detector takes one image: sizes must be 1xHxW')
+            raise UserError(f'{type(model).__name__} takes one image here: sizes must be 1xHxW')
     if args.normalize:
         if not hasattr(model.data_preprocessor, 'mean'):
             raise UserError(f'--normalize: {args.config} has no mean and std in data_preprocessor')
@@ -186,6 +187,10 @@ def wrap(model: nn.Module, part: str, file_format: str) -> nn.Module:
                 'boxes are for --format onnx; torch-export takes --part backbone or maps'
             )
         return (WholeDino if 'DINO' in bases else WholeDetector)(model).eval()
+    if part == 'model' and type(getattr(model, 'decode_head', None)).__name__ == 'Mask2FormerHead':
+        from onnx_mask2former import WholeMask2Former
+
+        return WholeMask2Former(model).eval()
     kinds = dict(EncoderDecoder=Segmentor, ImageClassifier=Classifier)
     if part == 'maps':
         kinds = dict(SingleStageDetector=DetectorMaps)
