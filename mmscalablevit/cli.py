@@ -23,7 +23,15 @@ from rich.table import Table
 
 from .compat import torchvision_fault
 from .engine.runner import KNOWN_KEYS, disconnect
-from .errors import DISK_ERRORS, CheckpointError, DataError, UserError, config_errors, explain
+from .errors import (
+    DISK_ERRORS,
+    CheckpointError,
+    DataError,
+    UserError,
+    config_errors,
+    explain,
+    interruptible,
+)
 
 _DISTRIBUTIONS = {
     'mmdet': 'onedl-mmdetection',
@@ -69,7 +77,8 @@ def run(main: Callable[[], None]) -> None:
         SystemExit: error: config none.py does not exist
     """
     try:
-        main()
+        with interruptible():
+            main()
         disconnect()
     except KeyboardInterrupt as error:
         print(error if error.args else 'interrupted', file=sys.stderr)

@@ -68,6 +68,17 @@ def add_note(error: Exception, note: str) -> None:
 
 
 @contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Pass on Ctrl-C where mmengine, formatting a config to log or save it, calls it bad syntax."""
+    try:
+        yield
+    except SyntaxError as error:
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise error.__context__ from None
+        raise
+
+
+@contextlib.contextmanager
 def config_errors(cfg: Config, fails: str = 'cannot be built') -> Iterator[None]:
     """Explain the errors of building from a config, see ``explain``."""
     try:

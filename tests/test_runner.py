@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.registry import RUNNERS
 
 from mmscalablevit.engine.runner import SafeRunner, lock_work_dir
-from mmscalablevit.errors import UserError, explain
+from mmscalablevit.errors import UserError, explain, interruptible
 
 PACKAGE = Path(__file__).parents[1] / 'mmscalablevit'
 # What is assigned to attributes of objects that are not the module's own: file, beginning of the
@@ -134,3 +135,17 @@ def test_what_is_a_mistake_and_what_keeps_its_traceback():
     assert isinstance(bug, RuntimeError)
     if sys.version_info >= (3, 11):
         assert bug.__notes__ == ['(config x.py cannot be built)']
+
+
+@pytest.mark.parametrize('raised', [KeyboardInterrupt, ValueError])
+def test_ctrl_c_while_a_config_is_formatted(monkeypatch, raised):
+    """Each checkpoint holds the config, whose formatting takes most of the time of saving."""
+
+    def interrupt(*args, **kwargs):
+        raise raised
+
+    monkeypatch.setattr('yapf.yapflib.yapf_api.FormatCode', interrupt)
+    monkeypatch.setattr('mmengine.config.config.FormatCode', interrupt, raising=False)
+    shown = KeyboardInterrupt if raised is KeyboardInterrupt else SyntaxError
+    with pytest.raises(shown), interruptible():
+        _ = Config(dict(lr=0.1)).pretty_text

@@ -31,7 +31,15 @@ from ..checkpoint.released import other_arch
 from ..checkpoint.weights import use_safe_loader
 from ..checks.config import check_data, class_faults, config_faults, hook_faults, reordered
 from ..checks.pipeline import data_sets
-from ..errors import DISK_ERRORS, CheckpointError, UserError, config_errors, explain, one_line
+from ..errors import (
+    DISK_ERRORS,
+    CheckpointError,
+    UserError,
+    config_errors,
+    explain,
+    interruptible,
+    one_line,
+)
 from ..work_dirs import find_checkpoint, use_checkpoint_seed
 from .hosts import connect_cpus, watch_hosts
 
@@ -225,7 +233,7 @@ class SafeRunner(Runner):
             CheckpointError: If the checkpoint does not fit.
         """
         lock = lock_work_dir(self.work_dir) if is_main_process() else contextlib.nullcontext()
-        with lock, self._run('train', 'train_loop', 'val_loop'):
+        with lock, self._run('train', 'train_loop', 'val_loop'), interruptible():
             return super().train()
 
     def val(self) -> dict:
