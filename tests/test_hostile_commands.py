@@ -17,10 +17,10 @@ SEGMENTOR = ROOT / 'tests' / 'data' / 'tiny_upernet.py'
 
 
 @pytest.fixture(scope='module')
-def room(tmp_path_factory):
+def workspace(tmp_path_factory):
     """Drawn shapes, an image, and a whole checkpoint of a segmentor."""
     pytest.importorskip('mmseg')
-    folder = tmp_path_factory.mktemp('room')
+    folder = tmp_path_factory.mktemp('workspace')
     draw_shapes(folder / 'shapes', num_train=2, num_val=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('SHAPES_ROOT', str(folder / 'shapes'))
@@ -55,22 +55,22 @@ REASONS = {
 
 
 @pytest.fixture(scope='module')
-def bad(room):
+def bad(workspace):
     """A bad checkpoint of each kind."""
-    raw = (room / 'whole.pth').read_bytes()
+    raw = (workspace / 'whole.pth').read_bytes()
     middle = len(raw) // 2
-    (room / 'truncated.pth').write_bytes(raw[:middle])
+    (workspace / 'truncated.pth').write_bytes(raw[:middle])
     flipped = raw[:middle] + bytes([raw[middle] ^ 16]) + raw[middle + 1 :]
-    (room / 'flipped.pth').write_bytes(flipped)
-    state = torch.load(room / 'whole.pth', weights_only=True)['state_dict']
+    (workspace / 'flipped.pth').write_bytes(flipped)
+    state = torch.load(workspace / 'whole.pth', weights_only=True)['state_dict']
     for kind, content in dict(
         poisoned=dict(state_dict={**state, KEY: state[KEY] / 0}),
         doubled=dict(state_dict={**state, KEY: state[KEY].double()}),
-        code=dict(state_dict=state, extra=Payload(room / 'touched')),
+        code=dict(state_dict=state, extra=Payload(workspace / 'touched')),
         other=dict(state_dict=WEIGHTS),
         listed=dict(state_dict=[1]),
     ).items():
-        torch.save(content, room / f'{kind}.pth')
+        torch.save(content, workspace / f'{kind}.pth')
 
 
 # Those that train or test build data sets and model each time: few kinds each; test_tools.py has
@@ -92,9 +92,9 @@ COMMANDS = {
 }
 
 
-def refusal(monkeypatch, room, command, file):
+def refusal(monkeypatch, workspace, command, file):
     """The sentence with which a command line ends."""
-    monkeypatch.chdir(room)
+    monkeypatch.chdir(workspace)
     monkeypatch.setenv('SHAPES_ROOT', 'shapes')
     words = command.replace('CONFIG', str(SEGMENTOR)).replace('FILE', file).split()
     monkeypatch.setattr(sys, 'argv', words)
@@ -108,31 +108,31 @@ def refusal(monkeypatch, room, command, file):
 
 
 @pytest.mark.parametrize(('command', 'kinds'), COMMANDS.items())
-def test_every_command_line_refuses_in_one_sentence(room, bad, monkeypatch, command, kinds):
+def test_every_command_line_refuses_in_one_sentence(workspace, bad, monkeypatch, command, kinds):
     for kind in kinds.split():
-        assert REASONS[kind] in refusal(monkeypatch, room, command, f'{kind}.pth'), kind
-    assert not (room / 'touched').exists()
-    assert not list(room.glob('out/*.pth'))
+        assert REASONS[kind] in refusal(monkeypatch, workspace, command, f'{kind}.pth'), kind
+    assert not (workspace / 'touched').exists()
+    assert not list(workspace.glob('out/*.pth'))
 
 
 @pytest.mark.parametrize('kind', ['truncated', 'code'])
-def test_train_py_of_mmseg_refuses(room, bad, monkeypatch, kind):
+def test_train_py_of_mmseg_refuses(workspace, bad, monkeypatch, kind):
     """As its authors wrote it; test_tools.py has mmdet's."""
-    monkeypatch.chdir(room)
+    monkeypatch.chdir(workspace)
     monkeypatch.setenv('SHAPES_ROOT', 'shapes')
     command = [str(packaged('mmseg', 'train.py')), str(SEGMENTOR), '--work-dir', 'out']
     monkeypatch.setattr(sys, 'argv', [*command, '--cfg-options', f'load_from={kind}.pth'])
     with pytest.raises(CheckpointError, match=f'^checkpoint {kind}.pth .*{REASONS[kind]}'):
         runpy.run_path(command[0], run_name='__main__')
-    assert not (room / 'touched').exists()
+    assert not (workspace / 'touched').exists()
 
 
-def test_states_that_cannot_be_resumed_are_refused(room, monkeypatch):
-    whole = torch.load(room / 'whole.pth', weights_only=True)
+def test_states_that_cannot_be_resumed_are_refused(workspace, monkeypatch):
+    whole = torch.load(workspace / 'whole.pth', weights_only=True)
     for reason, content in {
         'cannot be resumed from': dict(state_dict=whole['state_dict']),
         'cannot be resumed': dict(whole, meta=dict(epoch=0, iter='x', seed=[1])),
         'cannot be resumed from, ': dict(whole, optimizer=dict(state={})),
     }.items():
-        torch.save(content, room / 'state.pth')
-        assert reason in refusal(monkeypatch, room, RESUME, 'state.pth')
+        torch.save(content, workspace / 'state.pth')
+        assert reason in refusal(monkeypatch, workspace, RESUME, 'state.pth')
