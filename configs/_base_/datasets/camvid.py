@@ -1,8 +1,9 @@
 # Copyright (c) mmscalablevit contributors. All rights reserved.
-# Driving scenes, 480x360, at two thirds of their size; 255 is ignored. Compared at the full size.
+# Driving scenes, 480x360; 255 is ignored. Training on crops, validation on whole images.
 dataset_type = 'BaseSegDataset'
 data_root = 'data/camvid/'
 crop_size = (240, 320)
+image_scale = (480, 360)
 metainfo = dict(
     classes=(
         *('Sky', 'Building', 'Pole', 'Road', 'Pavement', 'Tree', 'SignSymbol', 'Fence', 'Car'),
@@ -18,15 +19,15 @@ metainfo = dict(
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations'),
-    dict(type='RandomResize', scale=(320, 240), ratio_range=(1.0, 1.3), keep_ratio=True),
-    dict(type='RandomCrop', crop_size=crop_size),
+    dict(type='RandomResize', scale=image_scale, ratio_range=(0.7, 1.4), keep_ratio=True),
+    dict(type='RandomCrop', crop_size=crop_size, cat_max_ratio=0.75),
     dict(type='RandomFlip', prob=0.5),
     dict(type='PhotoMetricDistortion'),
     dict(type='PackSegInputs'),
 ]
 test_pipeline = [
     dict(type='LoadImageFromFile'),
-    dict(type='Resize', scale=(320, 240), keep_ratio=True),
+    dict(type='Resize', scale=image_scale, keep_ratio=True),
     dict(type='LoadAnnotations'),
     dict(type='PackSegInputs'),
 ]

@@ -29,7 +29,7 @@ model = dict(
     test_cfg=dict(rpn=dict(max_per_img=600), rcnn=dict(max_per_img=400)),
 )
 
-max_iters = 800
+max_iters = 1800
 train_cfg = dict(max_iters=max_iters, val_interval=max_iters)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),

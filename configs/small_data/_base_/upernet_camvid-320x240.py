@@ -18,8 +18,8 @@ model = dict(
     ),
 )
 
-max_iters = 1000
-train_cfg = dict(max_iters=max_iters, val_interval=500)
+max_iters = 3000
+train_cfg = dict(max_iters=max_iters, val_interval=1000)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),
     dict(type='CosineAnnealingLR', eta_min=1e-6, by_epoch=False, begin=100, end=max_iters),

@@ -14,9 +14,7 @@ model = dict(
 
 
 def at_full_size(step):
-    if step['type'] == 'RandomCrop':
-        return dict(step, crop_size=crop_size)
-    return dict(step, scale=(480, 360)) if 'Resize' in step['type'] else step
+    return dict(step, crop_size=crop_size) if step['type'] == 'RandomCrop' else step
 
 
 train_dataloader = dict(
@@ -24,7 +22,5 @@ train_dataloader = dict(
     num_workers=4,
     dataset=dict(pipeline=[at_full_size(step) for step in _base_.train_pipeline]),
 )
-val_dataloader = dict(dataset=dict(pipeline=[at_full_size(s) for s in _base_.test_pipeline]))
-test_dataloader = val_dataloader
 default_hooks = dict(checkpoint=dict(by_epoch=False, interval=500, max_keep_ckpts=1))
 log_processor = dict(by_epoch=False)
