@@ -41,9 +41,10 @@ class WholeMask2Former(Segmentor):
 
     def pad(self, images: Tensor) -> Tensor:
         """Pad as the preprocessor in a test."""
-        divisor = (self.model.data_preprocessor.test_cfg or {}).get('size_divisor', 1)
-        height, width = images.shape[2:]
-        return F.pad(images, (0, -width % divisor, 0, -height % divisor))
+        preprocessor, (height, width) = self.model.data_preprocessor, images.shape[2:]
+        divisor = (preprocessor.test_cfg or {}).get('size_divisor', 1)
+        padding = (0, -width % divisor, 0, -height % divisor)
+        return F.pad(images, padding, value=float(preprocessor.pad_val))
 
     def crop(self, logits: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits at the size of the images, and labels."""
