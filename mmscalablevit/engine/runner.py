@@ -233,7 +233,7 @@ class SafeRunner(Runner):
             CheckpointError: If the checkpoint does not fit.
         """
         lock = lock_work_dir(self.work_dir) if is_main_process() else contextlib.nullcontext()
-        with lock, self._run('train', 'train_loop', 'val_loop'), interruptible():
+        with lock, self._run('train', 'train_loop', 'val_loop'):
             return super().train()
 
     def val(self) -> dict:
@@ -253,7 +253,8 @@ class SafeRunner(Runner):
         self._failed = True
         try:
             self._check(loops)
-            yield
+            with interruptible():
+                yield
         except KeyboardInterrupt as error:
             again = f'; --resume continues from the last checkpoint in {self.work_dir}'
             raise KeyboardInterrupt(f'interrupted{again if part == "train" else ""}') from error
