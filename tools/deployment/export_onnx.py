@@ -2,11 +2,10 @@
 """Export a model to ONNX or ``torch.export``, with height and width left open.
 
 Detectors become ONNX whole, with NMS, for one image, as does Mask2Former; other models serve any
-batch. Both formats
-start from one program of ``torch.export``. Adaptive pooling and, for ONNX, attention are traced in
-another form of the same result: ONNX cannot take bins from an open size, and its products need no
-values as wide as the keys. The written file is loaded again and
-compared with PyTorch, which runs the usual form.
+batch. Both formats start from one program of ``torch.export``. Adaptive pooling and, for ONNX,
+attention are traced in another form of the same result: ONNX cannot take bins from an open size,
+and its products need no values as wide as the keys. The written file is loaded again and compared
+with PyTorch, which runs the usual form.
 """
 
 import argparse

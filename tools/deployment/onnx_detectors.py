@@ -16,7 +16,7 @@ from mmdet.structures import DetDataSample
 from mmengine.config import ConfigDict
 from mmengine.structures import InstanceData
 from onnx_operators import nms, roi_align, translations
-from onnx_wrappers import Wrapper
+from onnx_wrappers import Wrapper, pad_to_divisor
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -35,10 +35,8 @@ class OneImage(Wrapper):
 
     def pad(self, images: Tensor) -> Tensor:
         """Pad as the detector's preprocessor."""
-        divisor = self.model.data_preprocessor.pad_size_divisor
-        height, width = images.shape[2:]
-        padding = (0, -width % divisor, 0, -height % divisor)
-        return F.pad(images, padding, value=float(self.model.data_preprocessor.pad_value))
+        preprocessor = self.model.data_preprocessor
+        return pad_to_divisor(images, preprocessor.pad_size_divisor, preprocessor.pad_value)
 
     def reference(self, images: Tensor) -> InstanceData:
         """What mmdet itself finds in the same image; masks are of the image's size."""

@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 from mmdet.models.layers import MSDeformAttnPixelDecoder
 from onnx_detectors import Sizes, sequence
-from onnx_wrappers import Segmentor
+from onnx_wrappers import Segmentor, pad_to_divisor
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -41,10 +41,9 @@ class WholeMask2Former(Segmentor):
 
     def pad(self, images: Tensor) -> Tensor:
         """Pad as the preprocessor in a test."""
-        preprocessor, (height, width) = self.model.data_preprocessor, images.shape[2:]
+        preprocessor = self.model.data_preprocessor
         divisor = (preprocessor.test_cfg or {}).get('size_divisor', 1)
-        padding = (0, -width % divisor, 0, -height % divisor)
-        return F.pad(images, padding, value=float(preprocessor.pad_val))
+        return pad_to_divisor(images, divisor, preprocessor.pad_val)
 
     def crop(self, logits: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits at the size of the images, and labels."""

@@ -2,6 +2,7 @@
 """Models as modules whose inputs and outputs are plain tensors, for ``export_onnx.py``."""
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 class Wrapper(nn.Module):
@@ -16,6 +17,12 @@ class Wrapper(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+
+
+def pad_to_divisor(images: Tensor, divisor: int, value: float) -> Tensor:
+    """Pad images on the right and bottom to multiples of a number, as preprocessors do."""
+    height, width = images.shape[2:]
+    return F.pad(images, (0, -width % divisor, 0, -height % divisor), value=float(value))
 
 
 class Backbone(Wrapper):
