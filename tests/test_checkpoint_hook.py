@@ -97,8 +97,11 @@ def test_hooks_that_are_replaced_or_left_alone(tmp_path):
         runner.register_default_hooks(hooks)
         return [type(hook).__name__ for hook in runner.hooks]
 
-    assert {'AtomicCheckpointHook', 'IterSeedHook'} < set(names())
-    assert 'CheckpointHook' not in names(checkpoint=dict(type='CheckpointHook', interval=3))
+    ours = {'AtomicCheckpointHook', 'IterSeedHook', 'MainProcessLoggerHook'}
+    assert ours < set(names())
+    theirs = dict(checkpoint=dict(type='CheckpointHook'), logger=dict(type='LoggerHook'))
+    assert ours < set(names(**theirs))
+    assert not {'CheckpointHook', 'LoggerHook'} & set(names(**theirs))
     assert not {'AtomicCheckpointHook', 'IterSeedHook'} & set(
         names(checkpoint=None, iter_seed=None)
     )

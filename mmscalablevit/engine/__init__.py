@@ -2,6 +2,7 @@
 from .amp import CPUAmpOptimWrapper
 from .checkpoint_hook import AtomicCheckpointHook
 from .layer_decay import LayerDecayOptimWrapperConstructor
+from .logger_hook import MainProcessLoggerHook
 from .runner import SafeRunner
 from .seed_hook import IterSeedHook
 
@@ -10,5 +11,6 @@ __all__ = [
     'CPUAmpOptimWrapper',
     'IterSeedHook',
     'LayerDecayOptimWrapperConstructor',
+    'MainProcessLoggerHook',
     'SafeRunner',
 ]

@@ -18,7 +18,7 @@ from mmengine.config import Config
 from mmengine.dataset import worker_init_fn
 from mmengine.device import get_device
 from mmengine.dist import barrier, broadcast, get_rank, is_distributed, is_main_process
-from mmengine.hooks import CheckpointHook
+from mmengine.hooks import CheckpointHook, LoggerHook
 from mmengine.model import is_model_wrapper, revert_sync_batchnorm
 from mmengine.optim import OptimWrapper
 from mmengine.registry import MODEL_WRAPPERS, RUNNERS
@@ -47,6 +47,11 @@ from .hosts import connect_cpus, watch_hosts
 _OTHER_KEYS = """activation_checkpointing compile custom_imports efficient_conv_bn_eval
     find_unused_parameters model_wrapper_cfg runner_type strategy sync_bn tta_model tta_pipeline"""
 KNOWN_KEYS = {*inspect.signature(Runner.__init__).parameters, *_OTHER_KEYS.split()}
+# Default hooks: mmengine's, and the one that takes its place.
+_REPLACED_HOOKS = (
+    ('checkpoint', CheckpointHook, 'AtomicCheckpointHook'),
+    ('logger', LoggerHook, 'MainProcessLoggerHook'),
+)
 
 
 @RUNNERS.register_module()
@@ -148,12 +153,14 @@ class SafeRunner(Runner):
         return Runner.build_dataloader(dataloader, seed, diff_rank_seed)
 
     def register_default_hooks(self, hooks: dict | None = None) -> None:
-        """Register the default hooks, among them those that make a training resumable."""
+        """Register the default hooks, with those of this package in place of mmengine's."""
         hooks = dict(hooks or {})
-        checkpoint = hooks.setdefault('checkpoint', dict(type='CheckpointHook', interval=1))
-        names = ('CheckpointHook', 'mmengine.CheckpointHook', CheckpointHook)
-        if isinstance(checkpoint, dict) and checkpoint.get('type') in names:
-            hooks['checkpoint'] = dict(checkpoint, type='AtomicCheckpointHook')
+        hooks.setdefault('checkpoint', dict(type='CheckpointHook', interval=1))
+        hooks.setdefault('logger', dict(type='LoggerHook'))
+        for name, theirs, ours in _REPLACED_HOOKS:
+            names = (theirs.__name__, f'mmengine.{theirs.__name__}', theirs)
+            if isinstance(hooks[name], dict) and hooks[name].get('type') in names:
+                hooks[name] = dict(hooks[name], type=ours)
         if hooks.setdefault('iter_seed', dict(type='IterSeedHook')) is None:
             del hooks['iter_seed']
         super().register_default_hooks(hooks)
