@@ -8,7 +8,6 @@ structure is found, but another number in the place of a weight is not.
 
 import argparse
 import codecs
-import contextlib
 import functools
 import os.path as osp
 import pickle
@@ -16,7 +15,7 @@ import re
 import tarfile
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -30,9 +29,7 @@ _FOLDER = 0x10
 _PRECISIONS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 # What torch.compile, FSDP and gradient checkpointing put into names, at any depth; and what
 # distributed training and moving averages put before them.
-_INSIDE = re.compile(
-    r'(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.'
-)
+_INSIDE = re.compile(r'(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.')
 _BEFORE = re.compile(r'^(?:(?:module|ema_model)\.)*(backbone\.)?(?:(?:module|ema_model)\.)*')
 # How often a moving average was updated, in torch, mmengine and ema_pytorch.
 _COUNTERS = ('n_averaged', 'steps', 'step', 'initted')
@@ -41,9 +38,9 @@ _COUNTERS = ('n_averaged', 'steps', 'step', 'initted')
 def read_checkpoint(filename: str, map_location: str | torch.device | None = None) -> dict:
     """Read a local checkpoint with ``weights_only=True``, and compare its checksums.
 
-    Besides tensors and plain containers, only what mmengine's runner writes into its own
-    checkpoints is let through, numpy numbers and arrays and the history of the logged scalars, and
-    the namespace of arguments that the authors' training script adds.
+    Besides tensors and plain containers, only what mmengine's runner writes (numbers and arrays of
+    numpy, the history of logged scalars) and the authors' training script adds (its arguments) is
+    let through.
 
     Args:
         filename (str): The file. One that ends in ``.safetensors`` needs that package.
@@ -61,10 +58,14 @@ def read_checkpoint(filename: str, map_location: str | torch.device | None = Non
     """
     filename = osp.expanduser(filename)
     check_file(filename)
-    read = _read_safetensors if filename.endswith('.safetensors') else _read_pickled
     try:
-        checkpoint = read(filename, map_location)
-    except (CheckpointError, ImportError, PermissionError):
+        if filename.endswith('.safetensors'):
+            from safetensors.torch import load_file
+
+            checkpoint = load_file(filename, device=str(map_location or 'cpu'))
+        else:
+            checkpoint = _read_pickled(filename, map_location)
+    except (ImportError, PermissionError):
         raise
     # A damaged file fails anywhere in its reader, with errors of many types.
     except Exception as error:
@@ -92,14 +93,9 @@ def find_weights(
 ) -> dict[str, Tensor]:
     """Find the weights in a checkpoint and check that they are plain tensors with names.
 
-    What ``torch.compile``, distributed training, FSDP and moving averages put into names is
+    They may be bare, or under one of the keys ``wrappers``, of which the first that is there is
+    taken. What ``torch.compile``, distributed training, FSDP and moving averages put into names is
     removed, counters of the latter are left out, and both are logged.
-
-    Args:
-        checkpoint (dict): What ``read_checkpoint`` returned, wrapped or bare weights.
-        filename (str): Its file, for messages.
-        wrappers (tuple[str, ...]): Keys under which weights may be, the first of them that is
-            there is taken. Defaults to ('state_dict',).
 
     Raises:
         CheckpointError: If there are none, or others than named dense tensors.
@@ -158,21 +154,7 @@ def check_values(
 def load_weights(model: nn.Module, filename: str, config: str) -> dict:
     """Load a local checkpoint that must hold exactly the model's parameters, and return all of it.
 
-    Args:
-        model (nn.Module): The model. It stays as it was if a name, shape or value does not fit.
-        filename (str): The file.
-        config (str): The config of the model, for messages.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        CheckpointError: If it cannot be read or does not fit the model of ``config``; the message
-            names what differs.
-
-    Example:
-        >>> model = nn.Linear(2, 1)
-        >>> torch.save(dict(meta=dict(epoch=1), state_dict=model.state_dict()), 'linear.pth')
-        >>> load_weights(model, 'linear.pth', 'linear.py')['meta']
-        {'epoch': 1}
+    A ``CheckpointError`` says what differs from the model of ``config``, a path for messages.
     """
     checkpoint = read_checkpoint(filename, map_location='cpu')
     weights = find_weights(checkpoint, filename)
@@ -226,8 +208,14 @@ def _read_pickled(filename: str, map_location: str | torch.device | None) -> obj
     # Before PyTorch 2.6 code in such a file is run in spite of weights_only.
     elif tarfile.is_tarfile(filename):
         raise ValueError('a tar archive of PyTorch before 0.1.12 or of other tools')
-    with _mmengine_globals():
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals(_allowed())
+    try:
         return torch.load(filename, map_location=map_location, weights_only=True)
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
 
 
 def _check_records(filename: str) -> None:
@@ -236,25 +224,15 @@ def _check_records(filename: str) -> None:
         records = archive.infolist()
         # PyTorch stores weights as they are; of compressed or overlapping records a small file
         # could unfold to any size, and for folders its reader shows what was in memory.
-        plain = all(
-            record.compress_type == zipfile.ZIP_STORED
-            and not record.is_dir()
-            and not record.external_attr & _FOLDER
-            for record in records
-        )
+        compressed = any(record.compress_type != zipfile.ZIP_STORED for record in records)
+        folders = any(record.is_dir() or record.external_attr & _FOLDER for record in records)
         names = {record.filename for record in records}
         size = sum(record.file_size for record in records)
-        if not plain or len(names) < len(records) or size > osp.getsize(filename):
+        if compressed or folders or len(names) < len(records) or size > osp.getsize(filename):
             raise ValueError('records that are compressed, overlap, or are folders')
         damaged = archive.testzip()
     if damaged:
         raise ValueError(f'checksum of {damaged} is wrong')
-
-
-def _read_safetensors(filename: str, map_location: str | torch.device | None) -> dict:
-    from safetensors.torch import load_file
-
-    return load_file(filename, device=str(map_location or 'cpu'))
 
 
 def _check_plain(content: dict, filename: str) -> None:
@@ -288,32 +266,13 @@ def _reason(error: Exception) -> str:
     return f'is damaged or no checkpoint ({one_line(f"{type(error).__name__}: {message}", 170)})'
 
 
-@contextlib.contextmanager
-def _mmengine_globals() -> Iterator[None]:
-    before = torch.serialization.get_safe_globals()
-    torch.serialization.clear_safe_globals()
-    torch.serialization.add_safe_globals(_allowed())
-    try:
-        yield
-    finally:
-        torch.serialization.clear_safe_globals()
-        torch.serialization.add_safe_globals(before)
-
-
 @functools.cache
 def _allowed() -> list[Callable]:
     codes = np.typecodes['AllInteger'] + np.typecodes['AllFloat'] + '?'
-    # The authors' training script keeps its arguments beside the weights.
-    allowed = [
-        argparse.Namespace,
-        # Of the bytes in a pickle; torch from 2.5 on allows it by itself.
-        codecs.encode,
-        HistoryBuffer,
-        np.ndarray,
-        np.dtype,
-        *{type(np.dtype(code)) for code in codes},
-    ]
+    allowed = [HistoryBuffer, np.ndarray, np.dtype, *{type(np.dtype(code)) for code in codes}]
     allowed.append(_named(_statistics_method, 'builtins.getattr'))
+    # Of the authors' arguments, and of bytes, which torch from 2.5 on allows by itself.
+    allowed += [argparse.Namespace, codecs.encode]
     # numpy 1 and 2 write different module names for the same two functions.
     for function in (np.zeros(1).__reduce__()[0], np.float64(0).__reduce__()[0]):
         for module in ('numpy.core.multiarray', 'numpy._core.multiarray'):
@@ -323,10 +282,7 @@ def _allowed() -> list[Callable]:
 
 def _named(function: Callable, path: str) -> Callable:
     """``function`` under the name by which a pickle asks for it."""
-
-    def call(*args):
-        return function(*args)
-
+    call = functools.partial(function)
     call.__module__, call.__name__ = path.rsplit('.', 1)
     call.__qualname__ = call.__name__
     return call

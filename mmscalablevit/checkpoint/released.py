@@ -46,10 +46,9 @@ def load_backbone_checkpoint(
 ) -> None:
     """Load a checkpoint of any known layout into a backbone, strictly.
 
-    Every tensor of the file must find its parameter and every parameter its tensor, but for these
-    differences, which are logged in one line:
+    File and backbone must have the same names, but for these differences, logged in one line:
 
-    - left out: what lies outside the backbone in the model of a toolbox, the classifier's ``head``,
+    - left out: what is outside the backbone in the model of a toolbox, the classifier's ``head``,
       its ``norm`` unless the backbone has ``final_norm``, stages after the last output, and norms
       of stages that are no output;
     - ``norm_list`` of a file that has none, as the classifier's: it is initialized to identity.
@@ -72,41 +71,31 @@ def load_backbone_checkpoint(
         >>> torch.save(dict(model=classifier.state_dict()), 'scalablevit-s.pth')
         >>> load_backbone_checkpoint(ScalableViT('small'), 'scalablevit-s.pth')
     """
-    weights = read_weights(checkpoint, map_location)
-    state, outside = split_backbone(weights, checkpoint, prefix)
+    held, outside = split_backbone(read_weights(checkpoint, map_location), checkpoint, prefix)
     parameters = model.state_dict()
-    has_norms = any(name.startswith('norm_list.') for name in state)
-    surplus = [k for k in state if k not in parameters and _is_known_surplus(model, k)]
-    for name in surplus:
-        del state[name]
+    unused = _unused_modules(model)
+    surplus = [k for k in held if k not in parameters and module_names([k])[0] in unused]
+    state = {name: tensor for name, tensor in held.items() if name not in surplus}
 
-    notes = []
+    arch = [name for name, arch in model.arch_zoo.items() if arch == model.arch_settings]
+    of_arch = f' of arch {arch[-1]!r}' if arch else ''
+    notes = [f'Loaded {checkpoint} into {type(model).__name__}{of_arch}']
     if outside or surplus:
         left_out = ', '.join(module_names([*outside, *surplus]))
         notes.append(f'left out: {one_line(left_out, 1000)}')
     norms = {k: v for k, v in parameters.items() if k.startswith('norm_list.')}
-    if norms and not has_norms:
+    if norms and not any(name.startswith('norm_list.') for name in held):
         state.update({k: torch.full_like(v, k.endswith('.weight')) for k, v in norms.items()})
         notes.append('norm_list is initialized to identity')
 
     check_fit(model, state, checkpoint)
     check_values(state, checkpoint, parameters)
     model.load_state_dict(state, strict=True)
-    loaded = f'Loaded {checkpoint} into {type(model).__name__}'
-    arch = [name for name, arch in model.arch_zoo.items() if arch == model.arch_settings]
-    if arch:
-        loaded += f' of arch {arch[-1]!r}'
-    print_log('; '.join([loaded, *notes]), logger='current')
+    print_log('; '.join(notes), logger='current')
 
 
 def read_weights(checkpoint: str, map_location: str = 'cpu') -> dict[str, Tensor]:
-    """Read the weights of a checkpoint, as :func:`load_backbone_checkpoint` does.
-
-    Example:
-        >>> torch.save(dict(model=dict(weight=torch.ones(1))), 'weights.pth')
-        >>> read_weights('weights.pth')
-        {'weight': tensor([1.])}
-    """
+    """Read the weights of a checkpoint, as :func:`load_backbone_checkpoint` does."""
     address = str(checkpoint)
     if address.startswith(_SCHEME):
         content = read_checkpoint(fetch_released(address), map_location)
@@ -118,9 +107,7 @@ def read_weights(checkpoint: str, map_location: str = 'cpu') -> dict[str, Tensor
 
 
 @CheckpointLoader.register_scheme(prefixes='scalablevit://', force=True)
-def load_from_scalablevit(
-    address: str, map_location: str | torch.device | None = None
-) -> dict[str, dict]:
+def load_from_scalablevit(address: str, map_location: str | torch.device | None = None) -> dict:
     """Mmengine's loader of released weights by name: those of an mmpretrain classifier."""
     weights = read_weights(address, map_location or 'cpu')
     state, arch = as_classifier(MODELS.get('ScalableViT'), weights, address)
@@ -133,16 +120,7 @@ def load_from_scalablevit(
 def split_backbone(
     weights: dict[str, Tensor], checkpoint: str, prefix: str | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Split weights into those of the backbone, in the released names, and the others.
-
-    Raises:
-        CheckpointError: If nothing is under the prefix, or two names mean the same.
-
-    Example:
-        >>> weights = {'backbone.blocks.0.0.attn.lepe_func.bias': 0, 'neck.bias': 1}
-        >>> split_backbone(weights, 'detector.pth')
-        ({'stages.0.0.attn.lim_func.bias': 0}, {'neck.bias': 1})
-    """
+    """Split weights into those of the backbone, in the released names, and the others."""
     if prefix is None:
         prefix = 'backbone.' if any(name.startswith('backbone.') for name in weights) else ''
     elif prefix and not prefix.endswith('.'):
@@ -171,41 +149,23 @@ def detection_name(name: str) -> str:
 
 
 def nearest_arch(model_type: type[nn.Module], weights: dict[str, Tensor]) -> tuple[str, bool]:
-    """Return the named arch most like a checkpoint, and whether all names and shapes agree.
+    """Return the named arch most like a checkpoint, and whether all names and shapes agree."""
 
-    Example:
-        >>> from mmscalablevit import ScalableViT
-        >>> nearest_arch(ScalableViT, ScalableViT('small').state_dict())
-        ('small', True)
-    """
-    trunk = {k: v.shape for k, v in weights.items() if k.split('.')[0] in _PER_STAGE[:3]}
-    num_stages = len({name.split('.')[1] for name in trunk if '.' in name})
-    in_channels = _in_channels(weights)
-    last_stage = min(max(num_stages, 1), _NUM_STAGES) - 1
-    shapes = {}
+    def trunk(state: dict[str, Tensor]) -> dict[str, torch.Size]:
+        return {k: v.shape for k, v in state.items() if k.split('.')[0] in _PER_STAGE[:3]}
+
     # Of the names of one arch, the last is the full one.
-    for name in {id(arch): name for name, arch in model_type.arch_zoo.items()}.values():
-        with torch.device('meta'):
-            model = model_type(name, in_channels, out_indices=(last_stage,), stage_norm=None)
-        shapes[name] = {k: v.shape for k, v in model.state_dict().items()}
-    nearest = max(shapes, key=lambda name: len(shapes[name].items() & trunk.items()))
-    return nearest, shapes[nearest] == trunk
+    names = {id(arch): name for name, arch in model_type.arch_zoo.items()}.values()
+    shapes = {name: trunk(_model_like(weights, model_type, name).state_dict()) for name in names}
+    wanted = trunk(weights)
+    nearest = max(shapes, key=lambda name: len(shapes[name].items() & wanted.items()))
+    return nearest, shapes[nearest] == wanted
 
 
 def recognize(model_type: type[nn.Module], weights: dict[str, Tensor], checkpoint: str) -> str:
     """Check that weights in the released names are those of one whole backbone; name its arch."""
     arch, _ = nearest_arch(model_type, weights)
-    parts = {name.split('.')[0] for name in weights}
-    stages = {int(i) for i in re.findall(r'\bpatch_embeds\.([0-3])\.', ' '.join(weights))}
-    with torch.device('meta'):
-        model = model_type(
-            arch,
-            in_channels=_in_channels(weights),
-            out_indices=(max(stages, default=3),),
-            stage_norm='chained' if 'norm_list' in parts else None,
-            final_norm='norm' in parts and max(stages, default=3) == 3,
-        )
-    check_fit(model, weights, checkpoint)
+    check_fit(_model_like(weights, model_type, arch), weights, checkpoint)
     check_values(weights, checkpoint)
     return arch
 
@@ -247,13 +207,12 @@ def check_fit(model: nn.Module, state: dict[str, Tensor], checkpoint: str) -> No
     found = [f'{len(names)} {what} ({shorten(names)})' for what, names in lists.items() if names]
     if not found:
         return
-    unexpected = lists['unexpected']
     hint = _hint(model, state)
-    if not hint and unexpected and all(name.startswith('norm_list.') for name in unexpected):
+    if not hint and {name.split('.')[0] for name in lists['unexpected']} == {'norm_list'}:
         hint = "it was trained with norms after the stages, use stage_norm='chained' or 'output'"
     raise CheckpointError(
         f'checkpoint {checkpoint} does not fit this {type(model).__name__}: '
-        f'{"; ".join([hint, *found] if hint else found)}'
+        f'{"; ".join(filter(None, [hint, *found]))}'
     )
 
 
@@ -264,20 +223,31 @@ def module_names(names: Iterable[str]) -> list[str]:
 
 
 def _in_channels(weights: dict[str, Tensor]) -> int:
-    stem = weights.get('patch_embeds.0.proj.weight')
-    known = stem is not None and stem.dim() == 4 and 0 < stem.shape[1] <= _MAX_CHANNELS
-    return stem.shape[1] if known else 3
+    shape = getattr(weights.get('patch_embeds.0.proj.weight'), 'shape', ())
+    return shape[1] if len(shape) == 4 and 0 < shape[1] <= _MAX_CHANNELS else 3
 
 
-def _is_known_surplus(model: nn.Module, name: str) -> bool:
-    part, index, *_ = [*name.split('.'), '']
-    if part in ('head', 'norm'):
-        return True
-    if part not in _PER_STAGE or not re.fullmatch(f'[0-{_NUM_STAGES - 1}]', index):
-        return False
-    if part == 'norm_list' and int(index) < len(getattr(model, 'norm_list', ())):
-        return isinstance(model.norm_list[int(index)], nn.Identity)
-    return len(model.stages) <= int(index)
+def _model_like(weights: dict[str, Tensor], model_type: type[nn.Module], arch: str) -> nn.Module:
+    """A model without memory, with the stages, norms and input channels of the weights."""
+    parts = {name.split('.')[0] for name in weights}
+    stages = map(int, re.findall(r'\bpatch_embeds\.([0-3])\.', ' '.join(weights)))
+    last = max(stages, default=_NUM_STAGES - 1)
+    with torch.device('meta'):
+        return model_type(
+            arch,
+            in_channels=_in_channels(weights),
+            out_indices=(last,),
+            stage_norm='chained' if 'norm_list' in parts else None,
+            final_norm='norm' in parts and last == _NUM_STAGES - 1,
+        )
+
+
+def _unused_modules(model: nn.Module) -> set[str]:
+    """What a whole checkpoint has, and a backbone does without."""
+    stages = {f'{part}.{i}' for part in _PER_STAGE for i in range(len(model.stages), _NUM_STAGES)}
+    norms = enumerate(getattr(model, 'norm_list', ()))
+    stages |= {f'norm_list.{i}' for i, norm in norms if isinstance(norm, nn.Identity)}
+    return {'head', 'norm', *stages}
 
 
 def _use_arch(arch: str) -> str:
@@ -288,8 +258,8 @@ def other_arch(model: nn.Module, weights: dict[str, Tensor]) -> str | None:
     """What to set where a model's weights are of another arch than its backbone."""
     if not hasattr(getattr(model, 'backbone', None), 'arch_zoo'):
         return None
-    names = {k: released_name(k[9:]) for k in weights if k.startswith('backbone.')}
-    return _hint(model.backbone, {name: weights[k] for k, name in names.items()})
+    held = {released_name(k[9:]): v for k, v in weights.items() if k.startswith('backbone.')}
+    return _hint(model.backbone, held)
 
 
 def _hint(model: nn.Module, state: dict[str, Tensor]) -> str | None:

@@ -6,16 +6,16 @@ weights of the authors, which their README links on Google Drive. ``scalablevit:
 takes a file of that hash alone.
 """
 
-import contextlib
 import hashlib
 import os
 import os.path as osp
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import parse_qs, urlparse
+from urllib.parse import urlparse
 from urllib.request import url2pathname
 
 import torch
@@ -43,25 +43,15 @@ class Released(NamedTuple):
 
 
 # Of image_classification/README.md in the authors' repository.
-RELEASED = {
-    'small': Released(
-        '1gCWsATBJmW3xwJaoCcxGO1Wbg51cPtzk', '1QcvWak1fKplbxF7FuwugUaBaCLOxMNVb', 83.1
-    ),
-    'base': Released(
-        '16MVmK4BGQpRH3Wz2VCOVzhTh2PFUFozH', '1MBInNLsxJhJKkZUatDwEh6o32exmM0Sq', 84.1
-    ),
-    'large': Released(
-        '17LLK5PSssMpepxeAt6-uKSd4aaV99u5X', '1lDYQPm2FAGvzYcneJaR_x-UZ6kd3Tho_', 84.4
-    ),
-}
+RELEASED = dict(
+    small=Released('1gCWsATBJmW3xwJaoCcxGO1Wbg51cPtzk', '1QcvWak1fKplbxF7FuwugUaBaCLOxMNVb', 83.1),
+    base=Released('16MVmK4BGQpRH3Wz2VCOVzhTh2PFUFozH', '1MBInNLsxJhJKkZUatDwEh6o32exmM0Sq', 84.1),
+    large=Released('17LLK5PSssMpepxeAt6-uKSd4aaV99u5X', '1lDYQPm2FAGvzYcneJaR_x-UZ6kd3Tho_', 84.4),
+)
 # Further attempts to download, after 60 seconds without a byte.
 _RETRIES = 2
-_ZOOS = {
-    'torchvision': get_torchvision_models,
-    'modelzoo': get_torchvision_models,
-    'open-mmlab': get_external_models,
-    'openmmlab': get_external_models,
-}
+_ZOOS = dict.fromkeys(('torchvision', 'modelzoo'), get_torchvision_models)
+_ZOOS |= dict.fromkeys(('open-mmlab', 'openmmlab'), get_external_models)
 # All that mmengine registers.
 _PREFIXES = ['', 'http://', 'https://', *(f'{zoo}://' for zoo in _ZOOS), 'mmcls://', 'pavi://']
 _PREFIXES += [r'(\S+\:)?s3://', r'(\S+\:)?petrel://']
@@ -87,7 +77,13 @@ def load_from_address(address: str, map_location: str | torch.device | None = No
         path = url2pathname(urlparse(address).path) if scheme else address
         checkpoint = read_checkpoint(path, map_location)
     else:
-        checkpoint = _read_remote(address, map_location)
+        try:
+            with get_local_path(address) as path:
+                checkpoint = read_checkpoint(str(path), map_location)
+        except (KeyError, ImportError) as error:
+            raise CheckpointError(
+                f'checkpoint {address}: no file backend of mmengine reads such an address ({error})'
+            ) from error
     if isinstance(checkpoint.get('state_dict'), dict):
         checkpoint['state_dict'] = find_weights(checkpoint, address)
     return checkpoint
@@ -95,41 +91,37 @@ def load_from_address(address: str, map_location: str | torch.device | None = No
 
 def download(url: str) -> str:
     """Download a checkpoint, once for all processes of this machine."""
-    name = osp.basename(urlparse(url).path)
-    # Published files carry eight or more digits of their hash; fewer may be a word's end.
-    digits = re.search(r'-([0-9a-f]{8,})\.', name)
-    with _cached(name) as (path, found):
-        if not found:
-            print_log(f'Downloading {url} to {path}', logger='current')
-            try:
-                torch.hub.download_url_to_file(url, path, digits and digits[1], progress=False)
-            # A wrong hash is a RuntimeError, a network failure an OSError.
-            except (OSError, RuntimeError) as error:
-                raise CheckpointError(f'checkpoint {url} cannot be downloaded ({error})') from error
+    return _cached(osp.basename(urlparse(url).path), partial(_download, url))
+
+
+def _cached(name: str, fetch: Callable[[str], None]) -> str:
+    """A file of torch hub's cache, into which one process fetches what is not there."""
+    path = osp.join(torch.hub.get_dir(), 'checkpoints', name)
+    if not osp.isfile(path):
+        os.makedirs(osp.dirname(path), exist_ok=True)
+        with FileLock(f'{path}.lock'):
+            if not osp.isfile(path):
+                fetch(path)
     return path
 
 
-@contextlib.contextmanager
-def _cached(name: str) -> Iterator[tuple[str, bool]]:
-    """A file of torch hub's cache, and whether it is there; if not, it is this process's alone."""
-    path = osp.join(torch.hub.get_dir(), 'checkpoints', name)
-    if osp.isfile(path):
-        yield path, True
-        return
-    os.makedirs(osp.dirname(path), exist_ok=True)
-    with FileLock(f'{path}.lock'):
-        yield path, osp.isfile(path)
+def _download(url: str, path: str) -> None:
+    # Published files carry eight or more digits of their hash; fewer may be a word's end.
+    digits = re.search(r'-([0-9a-f]{8,})\.', osp.basename(path))
+    print_log(f'Downloading {url} to {path}', logger='current')
+    try:
+        torch.hub.download_url_to_file(url, path, digits and digits[1], progress=False)
+    # A wrong hash is a RuntimeError, a network failure an OSError.
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f'checkpoint {url} cannot be downloaded ({error})') from error
 
 
 def fetch_released(address: str) -> str:
-    """Download released weights, once, to the cache of torch hub.
+    """Download released weights, once, to the cache of torch hub, and return the whole file's path.
 
     Args:
         address (str): ``scalablevit://SIZE`` or ``scalablevit://SIZE?sha256=HEX``, where SIZE is
             'small', 'base' or 'large', and HEX eight or more digits of the file's SHA-256.
-
-    Returns:
-        str: The file; it is a checkpoint and whole.
 
     Raises:
         CheckpointError: If it cannot be downloaded or has another hash; the message says where
@@ -139,12 +131,17 @@ def fetch_released(address: str) -> str:
         >>> fetch_released('scalablevit://small')  # doctest: +SKIP
         '~/.cache/torch/hub/checkpoints/scalablevit-small_in1k.pth'
     """
-    size, pinned = _parse(address)
-    with _cached(cache_name(size)) as (path, found):
-        if not found:
-            _download_released(size, path)
+    parts = re.fullmatch(r'scalablevit://(\w+)(\?sha256=([0-9a-fA-F]{8,64})?)?', address)
+    if not parts or parts[1] not in RELEASED:
+        raise CheckpointError(
+            f'checkpoint {address}: released weights are '
+            f'{", ".join(f"scalablevit://{name}" for name in RELEASED)}, with ?sha256=HEX of 8 to '
+            '64 digits to take that file alone'
+        )
+    size = parts[1]
+    path = _cached(f'scalablevit-{size}_in1k.pth', partial(_download_released, size))
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    if not digest.startswith(pinned):
+    if not digest.startswith((parts[3] or '').lower()):
         raise CheckpointError(
             f'checkpoint {address}: the SHA-256 of {path} is {digest}; remove the file to download '
             'it again, or the hash from the address'
@@ -153,45 +150,25 @@ def fetch_released(address: str) -> str:
     return path
 
 
-def cache_name(size: str) -> str:
-    """Name of a size's released file in torch hub's cache."""
-    return f'scalablevit-{size}_in1k.pth'
-
-
-def _parse(address: str) -> tuple[str, str]:
-    parts = urlparse(address)
-    query = parse_qs(parts.query, keep_blank_values=True)
-    pinned = query.pop('sha256', [''])[0].lower()
-    size = parts.netloc + parts.path
-    if size not in RELEASED or query or not re.fullmatch('|[0-9a-f]{8,64}', pinned):
-        raise CheckpointError(
-            f'checkpoint {address}: released weights are '
-            f'{", ".join(f"scalablevit://{name}" for name in RELEASED)}, with ?sha256=HEX of 8 to '
-            '64 digits to take that file alone'
-        )
-    return size, pinned
-
-
 def _download_released(size: str, path: str) -> None:
     """Put a released file in its place, or nothing."""
     released = RELEASED[size]
     by_hand = f'open {released.link} in a browser and save the file as {path}'
     try:
         import gdown
-        import requests
     except ImportError as error:
         raise CheckpointError(
             f'checkpoint scalablevit://{size} needs the package gdown (pip install gdown), or '
             f'{by_hand}'
         ) from error
-    failures = (gdown.exceptions.DownloadError, requests.RequestException)
     with tempfile.TemporaryDirectory(dir=osp.dirname(path), prefix='scalablevit-') as folder:
         part = osp.join(folder, 'download.pth')
         try:
             limits = dict(timeout=60, retries=_RETRIES)
             gdown.download(id=released.weights, output=part, use_cookies=False, **limits)
             read_checkpoint(part, map_location='cpu')
-        except (CheckpointError, *failures) as error:
+        # The errors of requests are OSErrors.
+        except (CheckpointError, gdown.DownloadError, OSError) as error:
             reason = one_line(str(error).replace(part, 'that was downloaded'), 200)
             raise CheckpointError(
                 f'checkpoint scalablevit://{size} cannot be downloaded ({reason}); {by_hand}'
@@ -199,13 +176,3 @@ def _download_released(size: str, path: str) -> None:
         # gdown's is for its owner alone.
         os.chmod(part, 0o644)
         os.replace(part, path)
-
-
-def _read_remote(address: str, map_location: str | torch.device | None) -> dict:
-    try:
-        with get_local_path(address) as path:
-            return read_checkpoint(str(path), map_location)
-    except (KeyError, ImportError) as error:
-        raise CheckpointError(
-            f'checkpoint {address}: no file backend of mmengine reads such an address ({error})'
-        ) from error

@@ -4,6 +4,7 @@
 import json
 import math
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 from mmengine.dataset import BaseDataset
@@ -13,6 +14,7 @@ from .findings import Findings
 
 _NUMBER = (int, float)
 _SHORT = 'polygon is not of at least 3 points x, y'
+_EMPTY = 'object is ignored, its bbox is empty or off the image'
 _REQUIRED_KEYS = dict(
     images=dict(id=(int, str), file_name=str, height=_NUMBER, width=_NUMBER),
     annotations=dict(id=int, image_id=(int, str), category_id=int, bbox=list, area=_NUMBER),
@@ -31,20 +33,18 @@ def check_coco(
     images = {image['id']: image for image in entries['images']}
     categories = {category['id']: category['name'] for category in entries['categories']}
     for annotation in entries['annotations']:
-        faults, warnings = _faults(annotation, images, categories, evaluated)
+        image, mask = images.get(annotation['image_id']), annotation.get('segmentation')
+        faults = [*_faults(annotation, image, categories, evaluated)]
         # The evaluation reads the objects, too, that training ignores.
-        ignored = warnings or annotation.get('ignore')
+        ignored = _EMPTY in faults or annotation.get('ignore')
         ignored = ignored or categories.get(annotation['category_id']) not in classes
-        if with_masks and annotation['image_id'] in images and (evaluated or not ignored):
-            mask = annotation.get('segmentation')
-            fault = mask_fault(mask, images[annotation['image_id']])
-            # mmdet leaves a short one out where it trains; pycocotools takes it for a box or fails.
-            harmless = fault == _SHORT and not evaluated and not all(map(_is_short, mask))
-            (warnings if harmless else faults).extend([fault] if fault else [])
+        if with_masks and image and (evaluated or not ignored):
+            faults += filter(None, [mask_fault(mask, image)])
         for fault in faults:
-            findings.error(f'{path}: {fault}', f'id {annotation["id"]}')
-        for fault in warnings:
-            findings.warn(f'{path}: {fault}', f'id {annotation["id"]}')
+            # mmdet leaves a short one out where it trains; pycocotools takes it for a box or fails.
+            left_out = fault == _SHORT and not evaluated and not all(map(_is_short, mask))
+            report = findings.warn if left_out or fault == _EMPTY else findings.error
+            report(f'{path}: {fault}', f'id {annotation["id"]}')
     return entries
 
 
@@ -85,10 +85,8 @@ def _read_coco(path: str, findings: Findings) -> dict | None:
     if missing:
         findings.error(f'has no list of {" and no list of ".join(missing)}', path)
         return None
-
-    entries = {}
+    entries = {part: [] for part in _REQUIRED_KEYS}
     for part, keys in _REQUIRED_KEYS.items():
-        entries[part] = []
         for i, entry in enumerate(lists[part]):
             values = entry if isinstance(entry, dict) else {}
             lacking = [key for key in keys if not isinstance(values.get(key), keys[key])]
@@ -126,38 +124,30 @@ def _check_categories(path: str, entries: dict, classes: list[str], findings: Fi
 
 
 def _faults(
-    annotation: dict, images: dict, categories: dict, evaluated: bool
-) -> tuple[list[str], list[str]]:
-    """What is wrong with an object but for its mask: errors, and why it is ignored."""
-    image, box = images.get(annotation['image_id']), annotation['bbox']
+    annotation: dict, image: dict | None, categories: dict, evaluated: bool
+) -> Iterator[str]:
+    """What is wrong with an object but for its mask."""
+    box = annotation['bbox']
     is_box = len(box) == 4 and all(isinstance(x, _NUMBER) and math.isfinite(x) for x in box)
-    errors = {
-        'annotation of an image_id that is not listed': image is None,
-        'annotation of a category_id that is not listed': (
-            annotation['category_id'] not in categories
-        ),
-        'pycocotools counts a match with this id as none': evaluated and annotation['id'] == 0,
-        'annotation has no iscrowd, which the evaluation reads': (
-            evaluated and 'iscrowd' not in annotation
-        ),
-        'bbox is not four numbers x, y, width, height': not is_box,
-    }
-    faults = [fault for fault, found in errors.items() if found]
-    if image is None or not is_box:
-        return faults, []
-    x, y, width, height = box
-    inside = x < image['width'] and y < image['height'] and x + width > 0 and y + height > 0
-    sound = inside and width >= 1 and height >= 1 and annotation['area'] > 0
-    return faults, [] if sound else ['object is ignored, its bbox is empty or off the image']
+    if not image:
+        yield 'annotation of an image_id that is not listed'
+    if annotation['category_id'] not in categories:
+        yield 'annotation of a category_id that is not listed'
+    if evaluated and annotation['id'] == 0:
+        yield 'pycocotools counts a match with this id as none'
+    if evaluated and 'iscrowd' not in annotation:
+        yield 'annotation has no iscrowd, which the evaluation reads'
+    if not is_box:
+        yield 'bbox is not four numbers x, y, width, height'
+    elif image:
+        x, y, width, height = box
+        inside = x < image['width'] and y < image['height'] and x + width > 0 and y + height > 0
+        if not (inside and width >= 1 and height >= 1 and annotation['area'] > 0):
+            yield _EMPTY
 
 
 def mask_fault(mask: object, image: dict) -> str | None:
-    """What is wrong with a segmentation of COCO.
-
-    Example:
-        >>> mask_fault([[0, 0, 5, 5]], dict(height=10, width=10))
-        'polygon is not of at least 3 points x, y'
-    """
+    """What is wrong with a segmentation of COCO."""
     if not mask or not isinstance(mask, list | dict):
         return 'annotation has no segmentation, and the config trains on masks'
     if isinstance(mask, list):

@@ -36,13 +36,7 @@ _HUGE = 100_000_000
 
 
 def config_faults(cfg: Config, known: Iterable[str]) -> Iterator[str]:
-    """Find what is wrong in a config before anything is built from it.
-
-    Example:
-        >>> cfg = Config(dict(model=dict(head=dict(num_classes=0))))
-        >>> list(config_faults(cfg, known=['model']))
-        ['model.head.num_classes must be an integer of at least 1, got 0']
-    """
+    """Find what is wrong in a config before anything is built from it."""
     known = list(known)
     for key in cfg:
         # A config's own variables, such as data_root, are read while it is parsed.
@@ -51,9 +45,8 @@ def config_faults(cfg: Config, known: Iterable[str]) -> Iterator[str]:
             yield f'nothing reads the key {key!r}; did you mean {meant[0]!r}?'
     if not cfg.get('model'):
         yield 'the key model is missing'
-    train_cfg = cfg.get('train_cfg') or {}
-    keys = [key for key in ('max_epochs', 'max_iters', 'val_interval') if key in train_cfg]
-    counts = [(f'train_cfg.{key}', train_cfg[key]) for key in keys]
+    keys = ('max_epochs', 'max_iters', 'val_interval')
+    counts = [x for key in keys for x in find_settings(cfg.get('train_cfg'), key, 'train_cfg')]
     for key, value in [*counts, *find_settings(cfg.get('model'), 'num_classes')]:
         if type(value) is not int or value < 1:
             yield f'{key} must be an integer of at least 1, got {value!r}'
@@ -75,11 +68,7 @@ def find_settings(part: object, key: str, name: str = 'model') -> Iterator[tuple
 
 
 def check_data(cfg: Config, loaders: Iterable[str]) -> None:
-    """Check files, folders and annotations of the data sets, before training begins.
-
-    Raises:
-        UserError: If there is a fault; warnings are logged.
-    """
+    """Raise a ``UserError`` for a fault of files, folders or annotations, and log warnings."""
     sets = {key: (cfg.get(key) or {}).get('dataset') or ConfigDict() for key in loaders}
     leaves = [(loader, leaf) for loader, dataset in sets.items() for leaf in data_sets(dataset)]
     for loader, leaf in leaves:
@@ -93,14 +82,13 @@ def check_data(cfg: Config, loaders: Iterable[str]) -> None:
         findings = Findings()
         with config_errors(cfg):
             check_data_set(cfg, loader, leaf, findings)
-        lines = [line.split(': ', 1) for line in findings.lines()]
-        for fault in (fault for kind, fault in lines if kind == 'warning'):
+        faults, errors = [line.split(': ', 1)[1] for line in findings.lines()], len(findings.errors)
+        for fault in faults[errors:]:
             print_log(f'{loader}: {fault}', 'current', logging.WARNING)
-        errors = [fault for kind, fault in lines if kind == 'error']
         if errors:
-            more = f' (and {len(errors) - 1} more faults)' if errors[1:] else ''
+            more = f' (and {errors - 1} more faults)' if errors > 1 else ''
             raise UserError(
-                f'{loader}: {errors[0]}{more}; tools/check_data.py lists all faults of the data'
+                f'{loader}: {faults[0]}{more}; tools/check_data.py lists all faults of the data'
             )
 
 
@@ -170,27 +158,25 @@ def _check_coco(
         sizes = {x['file_name']: (x['width'], x['height']) for x in entries['images']}
         images = [(osp.join(folder, name), size) for name, size in sizes.items()]
         check_images(images, path, full, findings)
-    _check_crowded(cfg.get('model') or {}, entries, path, findings)
-    for image in entries['images']:
-        if image['width'] * image['height'] >= _HUGE:
-            fault = 'image of more than 100 million pixels is read whole for each sample; use tiles'
-            findings.warn(fault, f'{image["file_name"]} ({image["width"]}x{image["height"]})')
+    _check_limits(cfg.get('model') or {}, entries, path, findings)
     return ', '.join(f'{len(values)} {part}' for part, values in entries.items())
 
 
-def _check_crowded(model: dict, entries: dict, path: str, findings: Findings) -> None:
-    """Warn of images that hold more objects than the model returns."""
+def _check_limits(model: dict, entries: dict, path: str, findings: Findings) -> None:
+    """Warn of images that hold more objects than the model returns, or are huge."""
     limits = [*find_settings(model.get('test_cfg'), 'max_per_img', 'model.test_cfg')]
     if model.get('num_queries'):
         limits.append(('model.num_queries', model['num_queries']))
-    if not limits:
-        return
-    key, limit = min(limits, key=lambda pair: pair[1])
+    key, limit = min(limits, key=lambda pair: pair[1], default=('', float('inf')))
     counts = Counter(annotation['image_id'] for annotation in entries['annotations'])
     for image in entries['images']:
-        if counts[image['id']] > limit:
+        name, count = image['file_name'], counts[image['id']]
+        if count > limit:
             fault = f'image of {path} has more objects than {key}={limit} returns'
-            findings.warn(fault, f'{image["file_name"]} ({counts[image["id"]]})')
+            findings.warn(fault, f'{name} ({count})')
+        if image['width'] * image['height'] >= _HUGE:
+            fault = 'image of more than 100 million pixels is read whole for each sample; use tiles'
+            findings.warn(fault, f'{name} ({image["width"]}x{image["height"]})')
 
 
 def class_faults(cfg: Config, loader: str, dataset: BaseDataset) -> Iterator[str]:
@@ -228,12 +214,7 @@ def hook_faults(runner: Runner) -> Iterator[str]:
 
 
 def reordered(trained: Sequence[str], wanted: Sequence[str]) -> bool:
-    """Whether classes are the same, but for their spelling, in another order.
-
-    Example:
-        >>> reordered(['car', 'traffic light'], ['Traffic_light', 'Car'])
-        True
-    """
+    """Whether classes are the same, but for their spelling, in another order."""
     there, here = (
         [re.sub(r'[\s_-]', '', str(name)).lower() for name in names] for names in (trained, wanted)
     )

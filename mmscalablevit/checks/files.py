@@ -5,16 +5,15 @@ import os
 import os.path as osp
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
-from PIL import Image
+from PIL import ExifTags, Image
 from rich.console import Console
 from rich.progress import track
 
 from .findings import Findings
 
 SAMPLE = 200
-_EXIF_ORIENTATION = 0x0112
-_QUARTER_TURNS = (5, 6, 7, 8)
 
 
 def sample(items: list, full: bool) -> list:
@@ -22,14 +21,6 @@ def sample(items: list, full: bool) -> list:
     if full or len(items) <= SAMPLE:
         return items
     return [items[i * len(items) // SAMPLE] for i in range(SAMPLE)]
-
-
-def in_threads(function: Callable, items: list, what: str) -> Iterator:
-    """``function`` of every item, in order; a progress bar where stderr is a terminal."""
-    console = Console(stderr=True)
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        results = pool.map(function, items)
-        yield from track(results, what, len(items), console=console, transient=True)
 
 
 def all_exist(needed: list[tuple[Callable, str]], findings: Findings) -> bool:
@@ -46,17 +37,26 @@ def read_size(path: str, decode: bool = True) -> tuple[int, int]:
     with Image.open(path) as image:
         if decode:
             image.load()
-        turned = image.getexif().get(_EXIF_ORIENTATION) in _QUARTER_TURNS
-        return image.size[::-1] if turned else image.size
+        quarter_turn = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        return image.size[::-1] if quarter_turn else image.size
 
 
-def size_or_fault(path: str) -> tuple[int, int] | str:
-    """Width and height, or why the image cannot be read."""
-    try:
-        return read_size(path)
-    # Damaged files raise errors of many types.
-    except Exception as error:
-        return str(error)
+def read_sizes(
+    images: list[tuple[str, Any]], what: str, findings: Findings
+) -> Iterator[tuple[str, Any, tuple[int, int]]]:
+    """Add to each pair of an image and something else its size; unreadable images are findings."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        try:
+            sizes = [pool.submit(read_size, path) for path, _ in images]
+            shown = track(sizes, what, console=Console(stderr=True), transient=True)
+            for (path, other), size in zip(images, shown, strict=True):
+                # Damaged files raise errors of many types.
+                if size.exception():
+                    findings.error('image cannot be read', f'{path} ({size.exception()})')
+                else:
+                    yield path, other, size.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def check_images(
@@ -66,12 +66,9 @@ def check_images(
     for path, _ in images:
         if not osp.isfile(path):
             findings.error(f'image of {source} does not exist', path)
-    chosen = sample([(path, size) for path, size in images if osp.isfile(path)], full)
-    sizes = in_threads(size_or_fault, [path for path, _ in chosen], 'image sizes')
-    for (path, annotated), size in zip(chosen, sizes, strict=True):
-        if isinstance(size, str):
-            findings.error('image cannot be read', f'{path} ({size})')
-        elif size != annotated:
+    there = [(path, size) for path, size in images if osp.isfile(path)]
+    for path, annotated, size in read_sizes(sample(there, full), 'image sizes', findings):
+        if size != annotated:
             findings.error(
                 f'image has another size (EXIF rotation applied) than in {source}',
                 f'{path} is {size[0]}x{size[1]} and not {annotated[0]}x{annotated[1]}',

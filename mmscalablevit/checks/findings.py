@@ -7,15 +7,7 @@ _NAMED = 3
 
 
 class Findings:
-    """The faults of one data set, each with every place where it was found.
-
-    Example:
-        >>> findings = Findings()
-        >>> for name in 'abcd':
-        ...     findings.error('mask does not exist', f'{name}.png')
-        >>> list(findings.lines())
-        ['error: mask does not exist (4 times): a.png, b.png, c.png and 1 more']
-    """
+    """The faults of one data set, each with every place where it was found."""
 
     def __init__(self) -> None:
         self.errors: dict[str, list[str]] = {}

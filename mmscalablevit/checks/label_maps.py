@@ -10,49 +10,41 @@ from mmengine.config import Config
 from mmengine.dataset import BaseDataset
 from PIL import Image
 
-from .files import all_exist, in_threads, sample, size_or_fault
+from .files import all_exist, read_sizes, sample
 from .findings import Findings
 
 _NAMED = 5
 _IGNORED = 255
+_METRICS = ('IoUMetric', 'mmseg.IoUMetric')
+# Transforms that ignore a value, by the key that sets it.
+_STEPS = dict(RandomCrop='ignore_index', RandomRotate='seg_pad_val', RandomMosaic='seg_pad_val')
 
 
 class LabelRule(NamedTuple):
-    """The values that the file of a label map may hold.
-
-    Args:
-        num_classes (int): Number of classes.
-        ignore_index (int): The value that is ignored. Defaults to 255.
-        reduce_zero_label (bool): Whether 0 is ignored, too, and the classes begin at 1. Defaults
-            to False.
-
-    Example:
-        >>> LabelRule(num_classes=3, reduce_zero_label=True).wrong(np.array([0, 1, 3, 4, 255]))
-        array([4])
-    """
+    """The values that the file of a label map may hold; ``reduce_zero_label`` ignores 0, too."""
 
     num_classes: int
     ignore_index: int = 255
     reduce_zero_label: bool = False
 
     @property
-    def first(self) -> int:
-        """The value of the first class."""
-        return int(self.reduce_zero_label)
+    def classes(self) -> range:
+        """The values of the classes."""
+        first = int(self.reduce_zero_label)
+        return range(first, first + self.num_classes)
 
     def wrong(self, values: np.ndarray) -> np.ndarray:
         """The values that are neither a class nor ignored."""
-        classes = (values >= self.first) & (values < self.first + self.num_classes)
-        ignored = (values == self.ignore_index) | (self.reduce_zero_label & (values == 0))
-        return values[~(classes & (values % 1 == 0) | ignored)]
+        ignored = [self.ignore_index, 0] if self.reduce_zero_label else [self.ignore_index]
+        return values[~np.isin(values, [*self.classes, *ignored])]
 
     def allowed(self) -> str:
         """The allowed values, for a message."""
         ignored = f'{self.ignore_index} and 0' if self.reduce_zero_label else self.ignore_index
         return (
-            f'allowed are {self.first} to {self.first + self.num_classes - 1} for '
-            f'{self.num_classes} classes with reduce_zero_label={bool(self.reduce_zero_label)}, '
-            f'and {ignored} for what is ignored'
+            f'allowed are {self.classes.start} to {self.classes.stop - 1} for {self.num_classes} '
+            f'classes with reduce_zero_label={bool(self.reduce_zero_label)}, and {ignored} for '
+            'what is ignored'
         )
 
 
@@ -96,32 +88,23 @@ def check_segmentation(dataset: BaseDataset, full: bool, findings: Findings) -> 
     there = [pair for pair in pairs if all(map(osp.isfile, pair))]
     classes, chosen = dataset.metainfo['classes'], sample(there, full)
     occurring, rule = set(), label_rule(dataset)
-    sizes = in_threads(size_or_fault, [image for image, _ in chosen], 'images and label values')
-    for (image, mask), size in zip(chosen, sizes, strict=True):
-        if isinstance(size, str):
-            findings.error('image cannot be read', f'{image} ({size})')
-        else:
-            occurring |= _check_label_map(mask, size, rule, findings)
+    for _, mask, size in read_sizes(chosen, 'images and label values', findings):
+        try:
+            with Image.open(mask) as image:
+                labels = np.array(image)
+        # Damaged files raise errors of many types.
+        except Exception as error:
+            findings.error('mask cannot be read', f'{mask} ({error})')
+            continue
+        fault = label_fault(mask, labels, size, rule)
+        if fault:
+            findings.error(f'label map: {fault[1]}', fault[0])
+        occurring.update(np.unique(labels).tolist())
     if chosen and len(chosen) == len(pairs) and dataset.label_map is None:
-        for i, name in enumerate(classes):
-            if i + rule.first not in occurring:
+        for value, name in zip(rule.classes, classes, strict=True):
+            if value not in occurring:
                 findings.warn(f'class has no pixel in {masks}', repr(name))
     return f'{len(there)} images with masks, {len(classes)} classes'
-
-
-def _check_label_map(path: str, size: tuple, rule: LabelRule, findings: Findings) -> set[int]:
-    """Check one label map and return the values that occur in it."""
-    try:
-        with Image.open(path) as image:
-            labels = np.array(image)
-    # Damaged files raise errors of many types.
-    except Exception as error:
-        findings.error('mask cannot be read', f'{path} ({error})')
-        return set()
-    fault = label_fault(path, labels, size, rule)
-    if fault:
-        findings.error(f'label map: {fault[1]}', fault[0])
-    return set(np.unique(labels).tolist())
 
 
 def check_ignored(cfg: Config, loader: str, ignored: int, findings: Findings) -> None:
@@ -137,24 +120,19 @@ def check_ignored(cfg: Config, loader: str, ignored: int, findings: Findings) ->
 
 def _ignored(cfg: Config, loader: str) -> Iterator[tuple[str, int]]:
     """Every key that ignores a value of label maps, and the value."""
-    model = cfg.get('model') or {}
-    for key in ('decode_head', 'auxiliary_head'):
-        heads = model.get(key) or []
-        for head in heads if isinstance(heads, list | tuple) else [heads]:
-            yield f'model.{key}.ignore_index', head.get('ignore_index', _IGNORED)
+    model, evaluator = cfg.get('model') or {}, loader.replace('dataloader', 'evaluator')
+    parts = {f'model.{key}': model.get(key) for key in ('decode_head', 'auxiliary_head')}
+    parts[evaluator] = cfg.get(evaluator)
+    for name, part in parts.items():
+        for item in part if isinstance(part, list | tuple) else [part]:
+            if item and (name != evaluator or item.get('type') in _METRICS):
+                yield f'{name}.ignore_index', item.get('ignore_index', _IGNORED)
     if 'seg_pad_val' in (model.get('data_preprocessor') or {}):
         yield 'model.data_preprocessor.seg_pad_val', model['data_preprocessor']['seg_pad_val']
-    evaluators = cfg.get(loader.replace('dataloader', 'evaluator')) or []
-    for evaluator in evaluators if isinstance(evaluators, list | tuple) else [evaluators]:
-        if evaluator.get('type') in ('IoUMetric', 'mmseg.IoUMetric') and loader[:5] != 'train':
-            key = loader.replace('dataloader', 'evaluator')
-            yield f'{key}.ignore_index', evaluator.get('ignore_index', _IGNORED)
     for step in ((cfg.get(loader) or {}).get('dataset') or {}).get('pipeline') or []:
         kind = step.get('type') if isinstance(step, dict) else None
-        if kind == 'RandomCrop':
-            yield 'ignore_index of RandomCrop', step.get('ignore_index', _IGNORED)
-        elif kind in ('RandomRotate', 'RandomMosaic'):
-            yield f'seg_pad_val of {kind}', step.get('seg_pad_val', _IGNORED)
+        if kind in _STEPS:
+            yield f'{_STEPS[kind]} of {kind}', step.get(_STEPS[kind], _IGNORED)
         elif kind == 'Pad':
-            pad = step.get('pad_val', dict(seg=_IGNORED))
+            pad = step.get('pad_val')
             yield 'pad_val of Pad', pad.get('seg', _IGNORED) if isinstance(pad, dict) else _IGNORED

@@ -5,7 +5,6 @@ import logging
 import os
 import os.path as osp
 import traceback
-from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
@@ -21,20 +20,12 @@ from .label_maps import label_fault, label_rule
 _FORMATS = {b'\xff\xd8': b'\xff\xd9', b'\x89PNG': b'IEND\xaeB`\x82'}
 
 
-def data_sets(dataset: object) -> Iterator[object]:
-    """The data sets inside wrappers such as RepeatDataset and ConcatDataset.
-
-    Example:
-        >>> list(data_sets(dict(type='RepeatDataset', dataset=dict(type='CocoDataset'))))
-        [{'type': 'CocoDataset'}]
-    """
+def data_sets(dataset: object) -> list:
+    """The data sets inside wrappers such as RepeatDataset and ConcatDataset."""
     get = dataset.get if isinstance(dataset, dict) else partial(getattr, dataset)
     inner = [get('dataset', None), *(get('datasets', None) or [])]
-    inner = [nested for nested in inner if nested is not None]
-    if not inner:
-        yield dataset
-    for nested in inner:
-        yield from data_sets(nested)
+    leaves = [leaf for nested in inner if nested is not None for leaf in data_sets(nested)]
+    return leaves or [dataset]
 
 
 class SampleChecks:
@@ -46,12 +37,7 @@ class SampleChecks:
         self.warned = False
 
     def check(self, index: int) -> None:
-        """Check a sample.
-
-        Raises:
-            DataError: If its image is damaged or of another size than annotated, or its label map
-                is of another size than the image or has values that are no class.
-        """
+        """Raise a ``DataError`` if the image or label map of a sample is damaged or wrong."""
         if not 0 <= index < len(self.seen) or self.seen[index]:
             return
         self.seen[index] = True
@@ -100,7 +86,7 @@ class SampleChecks:
         # It is named, if the pipeline cannot load it either.
         except Exception:
             return
-        fault = label_fault(path, labels, size, label_rule(next(data_sets(self.dataset))))
+        fault = label_fault(path, labels, size, label_rule(data_sets(self.dataset)[0]))
         if fault:
             raise DataError(f'label map {fault[0]}; {fault[1]}')
 
