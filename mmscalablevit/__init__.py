@@ -1,10 +1,9 @@
 # Copyright (c) mmscalablevit contributors. All rights reserved.
 """ScalableViT backbones for mmdet, mmseg and mmpretrain.
 
-Importing the package registers ``ScalableViT`` and its engine parts in mmengine's root registries,
-so that
-``custom_imports = dict(imports=['mmscalablevit'], allow_failed_imports=False)`` in a config is
-all a user of any OpenMMLab toolbox needs.
+Importing it registers ``ScalableViT`` and the engine parts in mmengine's root registries: in the
+config of any OpenMMLab toolbox,
+``custom_imports = dict(imports=['mmscalablevit'], allow_failed_imports=False)`` is enough.
 """
 
 from .compat import check_dependencies

@@ -63,18 +63,9 @@ class HelpFormatter(argparse.HelpFormatter):
 def run(main: Callable[[], None]) -> None:
     """Run a tool and end it with one sentence and exit code 1 where the user erred.
 
-    Args:
-        main (Callable[[], None]): The tool. All errors but ``UserError``, ``CheckpointError``,
-            ``DataError``, and those of full disks and of paths that are missing, forbidden or of
-            the wrong kind keep their traceback; of these, too, it is logged at level DEBUG.
-            Distributed processes that end well are then disconnected.
-
-    Example:
-        >>> def main():
-        ...     raise UserError('config none.py does not exist')
-        >>> run(main)
-        Traceback (most recent call last):
-        SystemExit: error: config none.py does not exist
+    ``UserError``, ``CheckpointError``, ``DataError`` and the errors of full disks and of paths that
+    are missing, forbidden or of the wrong kind are mistakes, whose traceback is logged at level
+    DEBUG. All others keep theirs. Distributed processes that end well are then disconnected.
     """
     try:
         with interruptible():
@@ -179,7 +170,10 @@ def read_config(path: str, options: dict | None = None) -> Config:
     _merge_options(cfg, options or {})
     _import_toolbox(cfg)
     if cfg.get('default_scope') == 'mmpretrain':
-        _stack_batches(cfg)
+        # mmpretrain's own tools make these the defaults of its data loaders.
+        for loader in filter(cfg.get, ('train_dataloader', 'val_dataloader', 'test_dataloader')):
+            cfg[loader].setdefault('collate_fn', dict(type='default_collate'))
+            cfg[loader].setdefault('pin_memory', True)
     return cfg
 
 
@@ -195,14 +189,7 @@ def load_config(args: argparse.Namespace) -> Config:
 def markdown_table(
     header: Sequence[str], rows: Iterable[Sequence[str]], width: int = 10_000
 ) -> str:
-    """Format rows as a Markdown table that also reads well in a terminal.
-
-    Example:
-        >>> print(markdown_table(['Size', 'top-1'], [['small', '83.1']]), end='')
-        | Size  | top-1 |
-        |-------|-------|
-        | small | 83.1  |
-    """
+    """Format rows as a Markdown table that also reads well in a terminal."""
     table = Table(*header, box=MARKDOWN)
     for row in rows:
         table.add_row(*(cell.replace('|', r'\|') for cell in row))
@@ -256,11 +243,3 @@ def _name_torchvision(error: Exception) -> None:
     fault = torchvision_fault() if 'torchvision::' in str(error) else None
     if fault:
         raise UserError(fault) from error
-
-
-def _stack_batches(cfg: Config) -> None:
-    # mmpretrain's own tools make these the defaults of its data loaders.
-    for loader in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
-        if cfg.get(loader):
-            cfg[loader].setdefault('collate_fn', dict(type='default_collate'))
-            cfg[loader].setdefault('pin_memory', True)

@@ -1,6 +1,7 @@
 # Copyright (c) mmscalablevit contributors. All rights reserved.
 """What the package needs around it: versions of its dependencies, a torchvision that fits torch."""
 
+import contextlib
 import importlib
 import importlib.metadata
 import re
@@ -19,36 +20,29 @@ _INSTALL = (
 
 
 def check_dependencies() -> None:
-    """Check that mmengine and mmcv are importable and recent enough.
+    """Check that mmengine and mmcv are importable and recent enough; say what to install.
 
-    The two import names are shipped by two families of distributions, so they cannot be
-    requirements of the package: pip would install one family over the other.
-    Where that happened all the same, a warning says so.
-
-    Raises:
-        ImportError: If one is missing or too old; the message says what to install.
+    Two families of distributions ship these import names, so that they cannot be requirements of
+    the package: pip would install one over the other. Where it did all the same, a warning says so.
     """
     for name, minimum in _MINIMUM.items():
-        wanted = '.'.join(map(str, minimum))
+        needed = f'mmscalablevit needs {name}>={".".join(map(str, minimum))}'
         try:
             found = importlib.import_module(name).__version__
         except ImportError as error:
             raise ImportError(
-                f'mmscalablevit needs {name}>={wanted}, which cannot be imported '
-                f'({error}). {_INSTALL}'
+                f'{needed}, which cannot be imported ({error}). {_INSTALL}'
             ) from error
         if _release(found) < minimum:
-            raise ImportError(f'mmscalablevit needs {name}>={wanted}, found {found}. {_INSTALL}')
+            raise ImportError(f'{needed}, found {found}. {_INSTALL}')
         _warn_of_mixture(name)
 
 
 def _warn_of_mixture(name: str) -> None:
     found = []
     for distribution in _DISTRIBUTIONS[name]:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found.append(f'{distribution} {importlib.metadata.version(distribution)}')
-        except importlib.metadata.PackageNotFoundError:
-            continue
     if len(found) > 1:
         warnings.warn(
             f'{" and ".join(found)} are both installed and both ship {name}, so that one has '
@@ -75,8 +69,7 @@ def torchvision_requirement() -> str:
 def torchvision_fault() -> str | None:
     """Return in one sentence why torchvision cannot be imported and how to cure it, or None.
 
-    mmpretrain imports torchvision, and mmdet imports mmpretrain where it is installed: a
-    torchvision compiled for another torch breaks both.
+    mmpretrain imports it, and mmdet imports mmpretrain where it is installed.
     """
     cure = f'`pip install --force-reinstall --no-deps {torchvision_requirement()}`'
     try:

@@ -20,12 +20,7 @@ class CheckpointError(RuntimeError):
 
 
 def one_line(text: object, width: int = 100) -> str:
-    r"""Text of a foreign file as a message can show it: one line, short, without control codes.
-
-    Example:
-        >>> one_line('several lines and \x1b[31mcolors', width=28)
-        'several lines and ?[31mc ...'
-    """
+    """Text of a foreign file as a message can show it: one line, short, without control codes."""
     # Cut first: the text may be of any length.
     words = ' '.join(str(text)[: 4 * width].split())
     shown = ''.join(c if c.isprintable() else '?' for c in words)
@@ -79,12 +74,12 @@ def interruptible() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def config_errors(cfg: Config, fails: str = 'cannot be built') -> Iterator[None]:
+def config_errors(cfg: Config) -> Iterator[None]:
     """Explain the errors of building from a config, see ``explain``."""
     try:
         yield
     except Exception as error:
-        explain(error, f'config {cfg.filename} {fails}')
+        explain(error, f'config {cfg.filename} cannot be built')
         raise
 
 
@@ -96,9 +91,8 @@ def _is_mistake(error: Exception) -> bool:
         return isinstance(error, (KeyError, TypeError))
     # A key of the config that a class hands on to its base.
     key = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-    if key and any(
-        key[1] in (f.f_locals.get('args') or ()) for f, b in zip(frames, built, strict=True) if b
-    ):
+    builders = [frame for frame, builds in zip(frames, built, strict=True) if builds]
+    if key and any(key[1] in (frame.f_locals.get('args') or ()) for frame in builders):
         return True
     # A sentence that somebody wrote, and no accident.
     line = traceback.extract_tb(error.__traceback__)[-1].line or ''

@@ -25,16 +25,11 @@ def read_published(configs: Path) -> dict[str, Published]:
     for path in sorted(configs.glob('*/metafile.yml')):
         try:
             for model in yaml.safe_load(path.read_text(encoding='utf-8'))['Models']:
-                published = _read_model(model, configs.parent)
-                models[published.name] = published
+                name, config = model['Name'], configs.parent / model['Config']
+                found = [result['Metrics'].items() for result in model.get('Results') or []]
+                metrics = {key: float(value) for items in found for key, value in items}
+                source = str((model.get('Metadata') or {}).get('Results Source', ''))
+                models[name] = Published(name, config, metrics, source)
         except (yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError) as error:
             raise UserError(f'{path} cannot be read: {type(error).__name__}: {error}') from error
     return models
-
-
-def _read_model(model: dict, root: Path) -> Published:
-    metrics = {}
-    for result in model.get('Results') or []:
-        metrics.update({name: float(value) for name, value in result['Metrics'].items()})
-    source = (model.get('Metadata') or {}).get('Results Source', '')
-    return Published(model['Name'], root / model['Config'], metrics, str(source))

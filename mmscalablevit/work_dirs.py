@@ -28,7 +28,7 @@ METRICS = {
 }
 # Name in the metafiles of a metric under test-time augmentation.
 TTA_NAMES = {'mIoU': 'mIoU(ms+flip)'}
-# A log that nobody has written to for so long belongs to a training that no longer runs.
+# Seconds after which a log that nobody has written to belongs to a training that no longer runs.
 SILENCE = 600
 
 _TIMESTAMP = re.compile(r'\d{8}_\d{6}')
@@ -80,13 +80,10 @@ class Run:
 
     @property
     def state(self) -> str:
-        """One of 'finished', 'running', 'interrupted', 'nothing logged' and 'tested only'.
-
-        A training has finished once its last step is evaluated, with which the loops of mmengine
-        end. Whether another one runs, only the age of its log can tell.
-        """
+        """One of 'finished', 'running', 'interrupted', 'nothing logged' and 'tested only'."""
         if self.config is None:
             return 'tested only'
+        # The loops of mmengine end with an evaluation.
         if self.total and self.total in self.validations:
             return 'finished'
         if time.time() - self.updated < SILENCE:
@@ -101,9 +98,8 @@ class Run:
     @property
     def hours(self) -> float | None:
         """Time spent in the training iterations that led to the result, without evaluation."""
-        if not self.train:
-            return None
-        return sum(record['time'] * record['span'] for record in self.train.values()) / 3600
+        seconds = sum(record['time'] * record['span'] for record in self.train.values())
+        return seconds / 3600 if self.train else None
 
     @property
     def hours_left(self) -> float | None:
@@ -125,27 +121,27 @@ class Run:
         return [e for e in candidates if not math.isnan(e.metrics.get(metric, math.nan))]
 
 
-@dataclass
 class _Session:
     """One start of ``tools/train.py`` or ``tools/test.py``: a folder named by its time."""
 
-    folder: Path
-    config: Config
-    records: list[dict]
-    test: dict | None
-    log: str
-
-    @property
-    def train(self) -> list[dict]:
-        """The training records; only these have the iteration."""
-        return [record for record in self.records if 'iter' in record]
-
-    @property
-    def images(self) -> int:
-        """Images of an iteration, those of all processes."""
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        config, test = folder / 'vis_data' / 'config.py', folder / f'{folder.name}.json'
+        try:
+            self.config = Config.fromfile(config, import_custom_modules=False)
+        # A config is Python: anything can go wrong in it.
+        except Exception as error:
+            why = f'{type(error).__name__}: {error}'
+            raise UserError(f'config {config} cannot be read: {why}') from error
+        self.records = _read_records(folder / 'vis_data' / 'scalars.json')
+        # Only these have the iteration.
+        self.train = [record for record in self.records if 'iter' in record]
+        self.test = _read_object(_read(test), test) if test.is_file() else None
+        self.log = _read(folder / f'{folder.name}.log')
         processes = _WORLD_SIZE.search(self.log)
         batch_size = (self.config.get('train_dataloader') or {}).get('batch_size') or 1
-        return batch_size * (int(processes[1]) if processes else 1)
+        # Of an iteration, those of all processes.
+        self.images = batch_size * (int(processes[1]) if processes else 1)
 
     @property
     def start(self) -> tuple[int, int]:
@@ -160,11 +156,7 @@ class _Session:
 
 
 def find_work_dirs(folders: list[Path]) -> list[Path]:
-    """Find work directories: the given ones, or all those below a folder, like ``work_dirs``.
-
-    Raises:
-        UserError: If a folder does not exist or holds no training.
-    """
+    """Find work directories: the given ones, or all those below a folder, like ``work_dirs``."""
     found = []
     for folder in folders:
         if not folder.is_dir():
@@ -180,22 +172,10 @@ def find_work_dirs(folders: list[Path]) -> list[Path]:
 
 
 def read_run(work_dir: Path) -> Run:
-    """Read the logs in a work directory, of a training and of its continuations and tests.
-
-    A continuation goes on from a checkpoint: what was logged before from that step on is dropped.
-
-    Raises:
-        UserError: If the work directory holds several experiments, or a log or config in it cannot
-            be read.
-
-    Example:
-        >>> run = read_run(Path('work_dirs/mask-rcnn_scalablevit-s_fpn_1x_coco'))  # doctest: +SKIP
-        >>> run.state, run.validations[12].metrics  # doctest: +SKIP
-        ('finished', {'box AP': 45.8, 'mask AP': 41.7})
-    """
+    """Read the logs in a work directory, of a training and of its continuations and tests."""
     run = Run(work_dir, _find_name(work_dir))
-    folders = [path for path in _sessions(work_dir) if (path / 'vis_data' / 'config.py').is_file()]
-    sessions = [_read_session(folder) for folder in folders]
+    folders = sorted(path.parents[1] for path in work_dir.glob('*/vis_data/config.py'))
+    sessions = [_Session(path) for path in folders if _TIMESTAMP.fullmatch(path.name)]
     if not sessions:
         raise UserError(f'{work_dir} holds no config of a run (YYYYMMDD_HHMMSS/vis_data/config.py)')
     tests = [session for session in sessions if session.test is not None]
@@ -218,12 +198,7 @@ def read_run(work_dir: Path) -> Run:
 
 
 def checkpoint_step(name: str) -> int | None:
-    """The epoch or iteration in the name of a checkpoint of mmengine.
-
-    Example:
-        >>> checkpoint_step('work_dirs/run/epoch_12.pth')
-        12
-    """
+    """The epoch or iteration in the name of a checkpoint of mmengine, 12 in 'epoch_12.pth'."""
     found = _CHECKPOINT_STEP.search(name)
     return int(found[2]) if found else None
 
@@ -231,12 +206,8 @@ def checkpoint_step(name: str) -> int | None:
 def find_checkpoint(work_dir: str) -> str | None:
     """Find the checkpoint to resume from: the one last written or, if damaged, the newest whole.
 
-    Returns:
-        str | None: The file, or None if no training wrote a checkpoint there. A warning names what
-        was passed over.
-
-    Raises:
-        CheckpointError: If there are checkpoints of a training, and all of them are damaged.
+    None if there is none of a training, a ``CheckpointError`` if all are damaged. A warning names
+    what was passed over.
     """
     pointer = Path(work_dir) / 'last_checkpoint'
     named = pointer.read_text(encoding='utf-8').strip() if pointer.is_file() else ''
@@ -248,11 +219,9 @@ def find_checkpoint(work_dir: str) -> str | None:
     # A work directory that was moved holds it under another path.
     latest = [named, osp.join(work_dir, osp.basename(named))] if named else []
     faults = []
-    for file in dict.fromkeys([*latest, *files]):
+    for file in filter(osp.exists, dict.fromkeys([*latest, *files])):
         try:
             found = read_checkpoint(file, map_location='cpu')
-        except FileNotFoundError:
-            continue
         except CheckpointError as error:
             faults.append(str(error))
             continue
@@ -272,15 +241,9 @@ def use_checkpoint_seed(cfg: Config, checkpoint: str) -> None:
     """Give a config without a seed the one of a checkpoint, for its data to come in that order."""
     randomness = cfg.get('randomness') or {}
     # The checkpoint is large, and the runner reads it once more.
-    if randomness.get('seed') is not None:
-        return
-    seed = (read_checkpoint(checkpoint, map_location='cpu').get('meta') or {}).get('seed')
-    if seed is not None:
-        cfg.randomness = dict(randomness, seed=seed)
-
-
-def _sessions(work_dir: Path) -> list[Path]:
-    return [path for path in sorted(work_dir.iterdir()) if _TIMESTAMP.fullmatch(path.name)]
+    if randomness.get('seed') is None:
+        meta = read_checkpoint(checkpoint, map_location='cpu').get('meta') or {}
+        cfg.randomness = dict(randomness, seed=meta.get('seed'))
 
 
 def _find_name(work_dir: Path) -> str:
@@ -291,19 +254,6 @@ def _find_name(work_dir: Path) -> str:
             'directory of its own'
         )
     return stems[0] if stems else work_dir.resolve().name
-
-
-def _read_session(folder: Path) -> _Session:
-    config, test = folder / 'vis_data' / 'config.py', folder / f'{folder.name}.json'
-    try:
-        cfg = Config.fromfile(config, import_custom_modules=False)
-    # A config is Python: anything can go wrong in it.
-    except Exception as error:
-        why = f'{type(error).__name__}: {error}'
-        raise UserError(f'config {config} cannot be read: {why}') from error
-    records = _read_records(folder / 'vis_data' / 'scalars.json')
-    results = _read_object(_read(test), test) if test.is_file() else None
-    return _Session(folder, cfg, records, results, _read(folder / f'{folder.name}.log'))
 
 
 def _read_records(path: Path) -> list[dict]:
@@ -332,19 +282,18 @@ def _metrics(record: dict) -> dict[str, float]:
 
 
 def _append(run: Run, session: _Session) -> None:
-    """Let a continuation follow what the run has up to its start."""
+    """Let a continuation, which begins at a checkpoint, replace what was logged from there on."""
     epoch, iteration = session.start
     start = epoch if run.unit == 'epoch' else iteration
     run.train = {key: record for key, record in run.train.items() if key <= iteration}
     run.validations = {key: value for key, value in run.validations.items() if key <= start}
     found = _EPOCH_LENGTH.search(session.log)
     run.epoch_length = int(found[1]) if found else run.epoch_length
-    images = session.images
     for record in session.records:
         if 'iter' in record:
             span, iteration = record['iter'] - iteration, record['iter']
             if 'time' in record:
-                run.train[iteration] = dict(record, span=span, images=images)
+                run.train[iteration] = dict(record, span=span, images=session.images)
         elif metrics := _metrics(record):
             step = _validation_step(record, run, iteration)
             run.validations[step] = Evaluation(step, metrics, record)

@@ -2,7 +2,7 @@
 """Mixed precision on machines without an accelerator."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -34,23 +34,20 @@ class CPUAmpOptimWrapper(OptimWrapper):
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
         """Put a forward pass of a model under autocast."""
-        hooks = []
-        for module in model.modules():
-            if hasattr(module, 'roi_layers'):
-                hooks.append(module.register_forward_pre_hook(lambda _, args: _to_float32(args)))
-            if hasattr(module, 'predict_by_feat'):
-                hooks.append(module.register_forward_hook(lambda _, args, out: _to_float32(out)))
-        try:
+        with ExitStack() as hooks:
+            for module in model.modules():
+                if hasattr(module, 'roi_layers'):
+                    hooks.enter_context(module.register_forward_pre_hook(_to_float32))
+                if hasattr(module, 'predict_by_feat'):
+                    hooks.enter_context(module.register_forward_hook(_to_float32))
             with super().optim_context(model), torch.autocast('cpu', dtype=torch.bfloat16):
                 yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
 
-def _to_float32(data: Any) -> Any:
-    return apply_to(
-        data,
-        lambda x: isinstance(x, torch.Tensor) and x.dtype == torch.bfloat16,
-        torch.Tensor.float,
-    )
+def _to_float32(*hooked: Any) -> Any:
+    """Convert the last that a hook is given: a module's arguments, or its output."""
+
+    def is_bfloat16(x: Any) -> bool:
+        return isinstance(x, torch.Tensor) and x.dtype == torch.bfloat16
+
+    return apply_to(hooked[-1], is_bfloat16, torch.Tensor.float)

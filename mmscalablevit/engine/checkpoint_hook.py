@@ -21,21 +21,10 @@ class AtomicLocalBackend(LocalBackend):
     A file is written as ``FILE.tmp``, flushed to the disk, and then takes its name. One that is
     removed stays until the next one of its folder is written: mmengine removes an outdated
     checkpoint before it writes the one that replaces it. Registered as ``atomic_local``.
-
-    Example:
-        >>> from mmengine.fileio import get, put
-        >>> put(b'weights', 'epoch_1.pth', backend_args=dict(backend='atomic_local'))
-        >>> get('epoch_1.pth')
-        b'weights'
     """
 
     def put(self, obj: bytes, filepath: str | os.PathLike) -> None:
-        """Write bytes to a file, and then remove what is outdated in its folder.
-
-        Raises:
-            OSError: If it cannot be written, on a full disk for example; the file is as it was,
-                and the error names it.
-        """
+        """Write a file, or leave it as it was where this fails; then remove what is outdated."""
         path = osp.abspath(filepath)
         temporary = f'{path}.tmp'
         outdated = _OUTDATED.pop(osp.dirname(path), set()) - {path}
@@ -66,13 +55,10 @@ register_backend('atomic_local', AtomicLocalBackend)
 
 @HOOKS.register_module()
 class AtomicCheckpointHook(CheckpointHook):
-    """mmengine's ``CheckpointHook``, whose files are written by ``AtomicLocalBackend``.
+    """mmengine's ``CheckpointHook`` and its arguments, with files of ``AtomicLocalBackend``.
 
     The disk must hold one checkpoint more than ``max_keep_ckpts``. Checkpoints on remote storage
     (``out_dir`` with '://') are written by its own backend.
-
-    Args:
-        **kwargs: Arguments of ``CheckpointHook``.
 
     Example:
         >>> default_hooks = dict(

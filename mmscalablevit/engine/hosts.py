@@ -41,10 +41,7 @@ def _interface(master: str) -> str | None:
     """Name of the network interface of this host from which it reaches the master."""
     import fcntl  # Of Unix alone.
 
-    with (
-        contextlib.suppress(OSError),
-        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe,
-    ):
+    with contextlib.suppress(OSError), socket.socket(type=socket.SOCK_DGRAM) as probe:
         # Sends nothing, but finds the route.
         probe.connect((master, 9))
         address = socket.inet_aton(probe.getsockname()[0])

@@ -2,8 +2,6 @@
 """Layer-wise learning-rate decay for detectors, segmentors and classifiers."""
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from numbers import Real
 
 from mmengine.logging import MMLogger, print_log
@@ -82,17 +80,17 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         if not hasattr(backbone, 'get_layer_depth'):
             raise TypeError(
                 f'backbone {type(backbone).__name__} has no method get_layer_depth(param_name, '
-                'prefix), which layer-wise learning-rate decay needs of '
-                f'{type(module).__name__}.backbone; ScalableViT and most backbones of mmpretrain '
-                'have it'
+                f'prefix), which layer-wise learning-rate decay needs of {type(module).__name__}.'
+                'backbone; ScalableViT and most backbones of mmpretrain have it'
             )
-        with _without_paramwise_log():
+        logger = MMLogger.get_current_instance()
+        logger.addFilter(_is_summary)
+        try:
             super().add_params(params, module, prefix, is_dcn_module)
-        self._decay(params, module, backbone)
-
-    def _decay(self, params: list[dict], model: nn.Module, backbone: nn.Module) -> None:
+        finally:
+            logger.removeFilter(_is_summary)
         rate = self.paramwise_cfg['layer_decay_rate']
-        names = {id(param): name for name, param in model.named_parameters()}
+        names = {id(param): name for name, param in module.named_parameters()}
         for group in params:
             name = names[id(group['params'][0])]
             layer, num_layers = backbone.get_layer_depth(name, PREFIX)
@@ -101,22 +99,13 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         scales = [group['lr_scale'] for group in params]
         print_log(
             f'Layer-wise learning-rate decay: rate {rate}, {len(set(scales))} different learning '
-            f'rates in {len(params)} parameters of {type(model).__name__} with '
+            f'rates in {len(params)} parameters of {type(module).__name__} with '
             f'{type(backbone).__name__}, from {min(scales, default=1):.3g} to '
             f'{max(scales, default=1):.3g} of the base rate {self.base_lr}',
             logger='current',
         )
 
 
-@contextmanager
-def _without_paramwise_log() -> Iterator[None]:
+def _is_summary(record: logging.LogRecord) -> bool:
     # mmengine logs a line for every setting of every parameter, here with rates yet to be decayed.
-    def is_wanted(record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith('paramwise_options --')
-
-    logger = MMLogger.get_current_instance()
-    logger.addFilter(is_wanted)
-    try:
-        yield
-    finally:
-        logger.removeFilter(is_wanted)
+    return not record.getMessage().startswith('paramwise_options --')

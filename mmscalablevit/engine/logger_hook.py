@@ -9,12 +9,9 @@ from mmengine.runner import Runner
 
 @HOOKS.register_module()
 class MainProcessLoggerHook(LoggerHook):
-    """mmengine's ``LoggerHook``, in which rank 0 alone writes the file of a test's results.
+    """mmengine's ``LoggerHook`` and its arguments, where rank 0 alone writes a test's results.
 
     With mmengine's all ranks write to this file at once, and it can end up as no valid JSON.
-
-    Args:
-        **kwargs: Arguments of ``LoggerHook``.
 
     Example:
         >>> default_hooks = dict(logger=dict(type='MainProcessLoggerHook', interval=50))

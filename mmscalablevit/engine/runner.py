@@ -59,11 +59,11 @@ class SafeRunner(Runner):
     """mmengine's ``Runner`` with guards, which every tool of the toolboxes builds from a config.
 
     - Checkpoints are read without running code in them. What is resumed from, validated or tested
-      must hold exactly the model's weights; ``load_from`` of a training may differ in the layers
-      of another number of classes, which are then re-initialized.
+      must hold exactly the model's weights (``CheckpointError``); ``load_from`` of a training may
+      differ in layers of another number of classes, which are then re-initialized.
     - A resumed training ends with the weights of one that never stopped, see ``IterSeedHook``, and
       a job that is killed leaves a whole checkpoint, see ``AtomicCheckpointHook``.
-    - Faults of config and data end in one sentence before the first iteration.
+    - Faults of config and data end in one sentence (``UserError``) before the first iteration.
     - Two trainings do not share a work directory.
     - Distributed processes that end well end together, and close what connects them. One that fails
       waits for nobody: its launcher ends the others. Workers of data loaders end with their job.
@@ -73,10 +73,8 @@ class SafeRunner(Runner):
     Its arguments are those of mmengine's ``Runner``.
 
     Example:
-        >>> cfg = Config(dict(
-        ...     runner_type='SafeRunner', work_dir='run', log_level='ERROR',
-        ...     model=dict(type='ScalableViT')))
-        >>> runner = RUNNERS.build(cfg)
+        >>> cfg = dict(runner_type='SafeRunner', work_dir='run', log_level='ERROR')
+        >>> runner = RUNNERS.build(Config(dict(cfg, model=dict(type='ScalableViT'))))
         >>> runner.load_checkpoint('none.pth')
         Traceback (most recent call last):
         FileNotFoundError: checkpoint none.pth does not exist
@@ -146,9 +144,8 @@ class SafeRunner(Runner):
                 dataloader['sampler'] = dict(type='SeededSampler', sampler=dataloader['sampler'])
             quiet = dataloader.pop('disable_subprocess_warning', False)
             init = dict(type=_start_worker, seed=seed, rank=get_rank())
-            init.update(
-                num_workers=dataloader.get('num_workers', 0), disable_subprocess_warning=quiet
-            )
+            init['num_workers'] = dataloader.get('num_workers', 0)
+            init['disable_subprocess_warning'] = quiet
             dataloader.setdefault('worker_init_fn', init)
         return Runner.build_dataloader(dataloader, seed, diff_rank_seed)
 
@@ -291,16 +288,14 @@ class SafeRunner(Runner):
 
     def _check(self, loops: Iterable[str]) -> None:
         """Find faults of config and data before the first iteration."""
+        loaders = {name.replace('loop', 'dataloader'): name for name in loops}
         if self.cfg:
             _refuse(self.cfg, config_faults(self.cfg, KNOWN_KEYS))
-            check_data(self.cfg, [name.replace('loop', 'dataloader') for name in loops])
-        for name in loops:
+            check_data(self.cfg, loaders)
+        for loader, name in loaders.items():
             loop = getattr(self, name)
-            if loop is None:
-                continue
-            dataset = getattr(loop.dataloader.dataset, 'dataset', loop.dataloader.dataset)
-            for leaf in data_sets(dataset):
-                _refuse(self.cfg, class_faults(self.cfg, name.replace('loop', 'dataloader'), leaf))
+            for leaf in data_sets(loop.dataloader.dataset) if loop else ():
+                _refuse(self.cfg, class_faults(self.cfg, loader, leaf))
         if self._part == 'train':
             _refuse(self.cfg, hook_faults(self))
 
@@ -346,32 +341,17 @@ class SafeRunner(Runner):
 
 @contextlib.contextmanager
 def lock_work_dir(work_dir: str | os.PathLike, name: str = 'training') -> Iterator[None]:
-    """Keep others from working in a work directory, until the block or this process ends.
-
-    Args:
-        work_dir (str | os.PathLike): The directory, made if there is none.
-        name (str): What uses it; one of each name can. Defaults to 'training'.
-
-    Raises:
-        UserError: If it is in use.
-
-    Example:
-        >>> with lock_work_dir('run'), lock_work_dir('run', 'queue'):
-        ...     pass
-    """
+    """Refuse a work directory to all others of a name, until the block or this process ends."""
     os.makedirs(work_dir, exist_ok=True)
-    lock = FileLock(osp.join(work_dir, f'.{name}.lock'), timeout=0)
     try:
-        lock.acquire()
+        held = FileLock(osp.join(work_dir, f'.{name}.lock'), timeout=0).acquire()
     except Timeout as error:
         raise UserError(
             f'{work_dir} is in use by another {name}; wait for its end, or choose another folder '
             'with --work-dir'
         ) from error
-    try:
+    with held:
         yield
-    finally:
-        lock.release()
 
 
 def _refuse(cfg: Config, faults: Iterable[str]) -> None:

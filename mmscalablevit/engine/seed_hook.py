@@ -24,16 +24,15 @@ class IterSeedHook(Hook):
     """Seed random numbers by iteration and by sample, for a resumed training to draw the same.
 
     A checkpoint of mmengine holds no state of random number generators. With this hook and the data
-    loaders of ``SafeRunner`` nothing depends on such states: the generators of Python, numpy and
-    torch are seeded
+    loaders of ``SafeRunner``, those of Python, numpy and torch are seeded
 
-    - at the start of each iteration, from the seed of the run, the iteration and the rank, for
-      what is drawn in the model (stochastic depth, dropout, sampling of boxes);
-    - before each sample is loaded, from the seed of the run and the number of the sample in the
-      stream of the sampler, for its augmentation, whatever the number of workers and processes.
+    - by the run's seed, iteration and rank before each iteration, for what the model draws
+      (stochastic depth, dropout, sampling of boxes);
+    - by the run's seed and the number of the sample in the sampler's stream before each sample is
+      loaded, for its augmentation, whatever the number of workers and processes.
 
-    With deterministic operators, a training that is resumed then ends with exactly the weights of
-    one that never stopped, where
+    With deterministic operators, a resumed training then ends with exactly the weights of one that
+    never stopped, where
 
     - it is resumed from the end of an epoch or, in iteration-based training, from any iteration
       at which accumulated gradients were applied;
@@ -49,7 +48,7 @@ class IterSeedHook(Hook):
     priority = 'VERY_HIGH'
 
     def before_train(self, runner: Runner) -> None:
-        """Let the sampler number its samples from the epoch at which the training begins."""
+        """Let the sampler count from the epoch at which the training begins."""
         sampler = getattr(runner.train_dataloader.batch_sampler, 'sampler', None)
         if isinstance(sampler, SeededSampler):
             sampler.begin(runner.epoch)
@@ -64,24 +63,11 @@ class IterSeedHook(Hook):
 
 @DATA_SAMPLERS.register_module()
 class SeededSampler(Sampler):
-    """A sampler whose indices carry a seed made of their number in the global stream.
-
-    Args:
-        sampler (dict): Config of the sampler.
-        dataset (Dataset): Its data set.
-        seed (int, optional): Its seed, and that of the samples. Defaults to None, a seed of its own
-            for the sampler, and 0 for the samples.
-
-    Example:
-        >>> sampler = SeededSampler(dict(type='DefaultSampler', shuffle=False), ['a', 'b'], seed=1)
-        >>> [(index, index.seed) for index in sampler]
-        [(0, 1189033389), (1, 13743408)]
-    """
+    """A sampler, of a config, whose indices carry a seed made of their number in the stream."""
 
     def __init__(self, sampler: dict, dataset: Dataset, seed: int | None = None) -> None:
         inner = dataset.dataset if isinstance(dataset, SeededDataset) else dataset
-        default_args = dict(dataset=inner, seed=seed)
-        self.sampler = DATA_SAMPLERS.build(sampler, default_args=default_args)
+        self.sampler = DATA_SAMPLERS.build(sampler, default_args=dict(dataset=inner, seed=seed))
         self._entropy = seed or 0, _SAMPLE
         self._round = self._skipped = 0
 
@@ -116,25 +102,10 @@ class SeededSampler(Sampler):
 
 @DATASETS.register_module()
 class SeededDataset(Dataset):
-    """A data set whose samples are checked, and seeded by what ``SeededSampler`` yields.
+    """A data set, or that of a config, with samples checked, and seeded by ``SeededSampler``.
 
-    Args:
-        dataset (dict | Dataset): The data set or its config. Its attributes are those of this one.
-
-    Raises:
-        DataError: If the image or label map of a sample is damaged or does not fit, where the data
-            set has ``get_data_info``; the message names the file.
-
-    Example:
-        >>> class Noise(list):
-        ...     def __getitem__(self, index):
-        ...         return random.random()
-        >>> dataset = SeededDataset(Noise('abc'))
-        >>> sampler = dict(type='DefaultSampler')
-        >>> first, again = (
-        ...     [dataset[i] for i in SeededSampler(sampler, dataset, seed=1)] for _ in range(2))
-        >>> first == again
-        True
+    A damaged image or label map, or one that does not fit, is a ``DataError`` that names the file,
+    where the data set has ``get_data_info``.
     """
 
     def __init__(self, dataset: dict | Dataset) -> None:
@@ -168,13 +139,11 @@ class SeededDataset(Dataset):
 
 
 class _SeededIndex(int):
-    def __new__(cls, index: int, seed: int) -> '_SeededIndex':
+    # The seed is a part of the state, which pickle puts in after it has made the bare index.
+    def __new__(cls, index: int, seed: int = 0) -> '_SeededIndex':
         self = super().__new__(cls, index)
         self.seed = seed
         return self
-
-    def __reduce__(self) -> tuple:
-        return type(self), (int(self), self.seed)
 
 
 def _derive(*entropy: int) -> int:

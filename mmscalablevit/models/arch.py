@@ -69,23 +69,16 @@ def arch_settings(arch: str | dict, zoo: dict[str, dict]) -> dict:
         )
     if arch['ssa_kv'] not in ('separate', 'merged'):
         raise ValueError(f"arch['ssa_kv'] must be 'separate' or 'merged', got {arch['ssa_kv']!r}")
-    settings = {key: arch[key] for key in keys}
-    for key in keys - {'ssa_kv'}:
-        settings[key] = _stage_values(key, arch[key])
+    numbers = {key: _stage_values(key, arch[key]) for key in keys if key != 'ssa_kv'}
+    settings = dict(numbers, ssa_kv=arch['ssa_kv'])
     _check_widths(settings)
     return settings
 
 
 def _stage_values(key: str, values: Sequence[float]) -> tuple[float, ...]:
     kind, wanted = (Real, 'numbers') if key in ('c_ratios', 'mlp_ratios') else (int, 'integers')
-    valid = (
-        isinstance(values, (list, tuple))
-        and len(values) == NUM_STAGES
-        and all(
-            isinstance(v, kind) and not isinstance(v, bool) and 0 < v < math.inf for v in values
-        )
-    )
-    if not valid:
+    is_sequence = isinstance(values, (list, tuple)) and len(values) == NUM_STAGES
+    if not is_sequence or not all(_is_a(kind, v) and 0 < v < math.inf for v in values):
         raise ValueError(f'arch[{key!r}] must be {NUM_STAGES} positive {wanted}, got {values!r}')
     return tuple(values)
 
@@ -115,28 +108,31 @@ def _check_widths(arch: dict) -> None:
 
 def check_int(name: str, value: int, low: int, high: float = math.inf) -> None:
     """Raise if ``value`` is not an integer from ``low`` to ``high``."""
-    allowed = (
-        f'an integer of at least {low}' if high == math.inf else f'an integer of {low} to {high}'
-    )
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f'{name} must be {allowed}, got {value!r}')
-    if not low <= value <= high:
-        raise ValueError(f'{name} must be {allowed}, got {value}')
+    is_int = _is_a(int, value)
+    if not is_int or not low <= value <= high:
+        allowed = f'at least {low}' if high == math.inf else f'{low} to {high}'
+        error = ValueError if is_int else TypeError
+        raise error(f'{name} must be an integer of {allowed}, got {value!r}')
 
 
 def check_rate(name: str, rate: float) -> None:
     """Raise if ``rate`` is not a number in [0, 1)."""
-    if not isinstance(rate, Real) or isinstance(rate, bool):
-        raise TypeError(f'{name} must be a number in [0, 1), got {rate!r}')
-    if not 0 <= rate < 1:
-        raise ValueError(f'{name} must be in [0, 1), got {rate}')
+    is_number = _is_a(Real, rate)
+    if not is_number or not 0 <= rate < 1:
+        error = ValueError if is_number else TypeError
+        raise error(f'{name} must be a number in [0, 1), got {rate!r}')
 
 
 def check_out_indices(out_indices: Sequence[int]) -> None:
     """Raise if ``out_indices`` is not an ascending sequence of stages."""
-    allowed = f'stages of 0 to {NUM_STAGES - 1} in ascending order, at least one'
-    if not isinstance(out_indices, (list, tuple)) or not all(type(i) is int for i in out_indices):
-        raise TypeError(f'out_indices must be a sequence of {allowed}, got {out_indices!r}')
-    in_range = all(0 <= i < NUM_STAGES for i in out_indices)
-    if not out_indices or not in_range or list(out_indices) != sorted(set(out_indices)):
-        raise ValueError(f'out_indices must be {allowed}, got {tuple(out_indices)}')
+    are_ints = isinstance(out_indices, (list, tuple)) and all(_is_a(int, i) for i in out_indices)
+    ascending = [i for i in range(NUM_STAGES) if are_ints and i in out_indices]
+    if not ascending or ascending != list(out_indices):
+        raise (ValueError if are_ints else TypeError)(
+            f'out_indices must be a sequence of stages of 0 to {NUM_STAGES - 1} in ascending '
+            f'order, at least one, got {out_indices!r}'
+        )
+
+
+def _is_a(kind: type, value: object) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)

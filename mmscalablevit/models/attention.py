@@ -22,9 +22,8 @@ MAX_BATCH = {'cuda': 65535}
 class ScalableSelfAttention(nn.Module):
     """Scalable Self-Attention, SSA (ScalableViT, section "Scalable Self-Attention").
 
-    Global attention, formula (2), whose keys and values come from a map reduced by a strided
-    convolution (spatial scaling) and whose query and key widths are scaled by a factor (channel
-    scaling).
+    Global attention, formula (2). Keys and values come from a map reduced by a strided convolution
+    (spatial scaling); the width of queries and keys is scaled by a factor (channel scaling).
 
     Args:
         embed_dims (int): Channels of the map.
@@ -33,8 +32,8 @@ class ScalableSelfAttention(nn.Module):
         c_ratio (float): Width of query and key relative to ``embed_dims``. Defaults to 1.
         sr_ratio (int): Kernel and stride of the reduction in pixels; 1 for none. Defaults to 1.
         kv (str): 'separate' (values ``embed_dims`` wide, as in the released classification code)
-            or 'merged' (values as wide as the keys, as in the authors' detection code). Makes no
-            difference where ``sr_ratio`` is 1. Defaults to 'separate'.
+            or 'merged' (as wide as the keys, as in the authors' detection code); the same where
+            ``sr_ratio`` is 1. Defaults to 'separate'.
         attn_drop (float): Dropout rate of the attention weights. Defaults to 0.
         proj_drop (float): Dropout rate of the output. Defaults to 0.
 
@@ -86,14 +85,10 @@ class ScalableSelfAttention(nn.Module):
         """
         height, width = x.shape[1], x.shape[2]
         query, (key, value) = self.q(x), self.key_value(x)
-        out = fused_attention(
-            query.flatten(1, 2),
-            key.flatten(1, 2),
-            value.flatten(1, 2),
-            self.num_heads,
-            self.scale,
-            self.attn_drop if self.training else 0.0,
-        )  # (2): (B, H * W, C), each head by (1)
+        tokens = (each.flatten(1, 2) for each in (query, key, value))
+        dropout = self.attn_drop if self.training else 0.0
+        # (2): (B, H * W, C), each head by (1).
+        out = fused_attention(*tokens, self.num_heads, self.scale, dropout)
         return self.proj_drop(self.proj(out.unflatten(1, (height, width))))
 
     def key_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,8 +97,7 @@ class ScalableSelfAttention(nn.Module):
             x = pad_to_kernel(x, self.sr_ratio)
             x = self.norm_act(conv_channels_last(self.reduction, x))  # X' of (2)
         if hasattr(self, 'kv'):
-            key, value = self.kv(x).chunk(2, dim=-1)
-            return key, value
+            return self.kv(x).chunk(2, dim=-1)
         return self.k(x), self.v(x)
 
 
@@ -156,8 +150,7 @@ class InteractiveWindowSelfAttention(nn.Module):
         lim = conv_channels_last(self.lim_func, merge_windows(value, shape, size))
         dropout = self.attn_drop if self.training else 0.0
         out = fused_attention(query, key, value, self.num_heads, self.scale, dropout)  # (1)
-        out = merge_windows(out, shape, size)
-        out = out + lim
+        out = merge_windows(out, shape, size) + lim
         out = self.proj_drop(self.proj(out))  # (3)
         return pad_or_crop(out, shape[1], shape[2])
 

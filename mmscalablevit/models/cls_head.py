@@ -59,9 +59,8 @@ class ScalableViTClsHead(ClsHead):
         for name, number in numbers.items():
             if type(number) is not int or number < 1:
                 raise ValueError(f'{name} must be a positive integer, got {number!r}')
-        super().__init__(
-            init_cfg=init_cfg or dict(type='TruncNormal', layer='Linear', std=0.02), **kwargs
-        )
+        init_cfg = init_cfg or dict(type='TruncNormal', layer='Linear', std=0.02)
+        super().__init__(init_cfg=init_cfg, **kwargs)
         # The names inside are those of the released `head`.
         if hidden_channels is None:
             self.fc = nn.Linear(in_channels, num_classes)

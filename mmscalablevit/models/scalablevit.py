@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import torch
 from mmengine.logging import print_log
-from mmengine.model import BaseModule, PretrainedInit, trunc_normal_init
+from mmengine.model import BaseModule, PretrainedInit, initialize, trunc_normal_init
 from mmengine.registry import MODELS, WEIGHT_INITIALIZERS
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -31,12 +31,10 @@ _PATCHES = ((7, 4), (3, 2), (3, 2), (3, 2))
 class ScalableViT(BaseModule):
     """ScalableViT backbone with multi-scale outputs (arXiv 2203.10790, ECCV 2022).
 
-    Four stages of strides 4, 8, 16 and 32. A stage is a patch embedding followed by blocks that
-    alternate window attention (IWSA, even index) and global attention on a reduced map (SSA, odd
-    index), with one position encoding (PEG) after the first block. Parameters are named as in the
-    released checkpoints.
-
-    Stages after the last requested output are not built.
+    Four stages of strides 4, 8, 16 and 32, each a patch embedding and blocks that alternate window
+    attention (IWSA, even index) and global attention on a reduced map (SSA, odd index), with one
+    position encoding (PEG) after the first block. Parameters are named as in the released
+    checkpoints. Stages after the last requested output are not built.
 
     Args:
         arch (str | dict): Architecture. A name: 'small' ('s'), 'base' ('b') and 'large' ('l') as in
@@ -61,10 +59,9 @@ class ScalableViT(BaseModule):
         stage_norm (str | None): 'chained': a LayerNorm after each stage, emitted and fed to the
             next stage, as in the authors' code for dense prediction. 'output': a LayerNorm on the
             emitted copies only. None: no norm, as in the classifier. Defaults to 'chained'.
-        final_norm (bool): Whether the last stage's output passes the classifier's ``norm``; needs
-            stage 3 in ``out_indices``. Defaults to False.
-        drop_rate (float): Dropout rate after patch embeddings, attentions and inside MLPs.
-            Defaults to 0.
+        final_norm (bool): Whether the output of stage 3, which ``out_indices`` must have, passes
+            the classifier's ``norm``. Defaults to False.
+        drop_rate (float): Dropout after patch embeddings, attentions and in MLPs. Defaults to 0.
         attn_drop_rate (float): Dropout rate of attention weights. Defaults to 0.
         drop_path_rate (float): Stochastic depth rate of the last block; it grows linearly from 0
             at the first. Defaults to 0.
@@ -72,8 +69,8 @@ class ScalableViT(BaseModule):
             embedding) at 0, the stem and the first i stages at i. Defaults to -1.
         norm_eval (bool): Whether norm layers with running statistics stay in eval mode during
             training. Defaults to False.
-        with_cp (bool): Whether to recompute blocks in the backward pass (gradient checkpointing) to
-            save memory. Defaults to False.
+        with_cp (bool): Whether to save memory by recomputing blocks in the backward pass (gradient
+            checkpointing). Defaults to False.
         init_cfg (dict | list[dict], optional): Initialization. None initializes from scratch as
             released; ``dict(type='Pretrained', checkpoint=FILE)`` loads a checkpoint of any layout
             that :mod:`mmscalablevit.checkpoint.released` knows, strictly. Defaults to None.
@@ -112,9 +109,7 @@ class ScalableViT(BaseModule):
     ) -> None:
         if pretrained is not None:
             if init_cfg:
-                raise ValueError(
-                    'weights are named by both init_cfg and pretrained; give one of them'
-                )
+                raise ValueError('weights are named by both init_cfg and pretrained; give one')
             init_cfg = dict(type='Pretrained', checkpoint=pretrained)
         super().__init__(init_cfg=init_cfg)
         self.arch_settings = arch_settings(arch, self.arch_zoo)
@@ -124,10 +119,9 @@ class ScalableViT(BaseModule):
             raise ValueError(f"stage_norm must be 'chained', 'output' or None, got {stage_norm!r}")
         if final_norm and NUM_STAGES - 1 not in out_indices:
             raise ValueError(f'final_norm needs stage 3 in out_indices, got {tuple(out_indices)}')
-        for name, rate in dict(
-            drop_rate=drop_rate, attn_drop_rate=attn_drop_rate, drop_path_rate=drop_path_rate
-        ).items():
-            check_rate(name, rate)
+        check_rate('drop_rate', drop_rate)
+        check_rate('attn_drop_rate', attn_drop_rate)
+        check_rate('drop_path_rate', drop_path_rate)
         check_int('frozen_stages', frozen_stages, -1, NUM_STAGES)
         for name, flag in dict(final_norm=final_norm, norm_eval=norm_eval, with_cp=with_cp).items():
             if not isinstance(flag, bool):
@@ -151,12 +145,10 @@ class ScalableViT(BaseModule):
             self._make_stage(i, drop_rate, attn_drop_rate, drop_path_rate) for i in built
         )
         if stage_norm is not None:
+            used = built if stage_norm == 'chained' else self.out_indices
             # The index is part of the released name, so a norm without use leaves its place empty.
             self.norm_list = nn.ModuleList(
-                nn.LayerNorm(embed_dims[i], eps=1e-6)
-                if stage_norm == 'chained' or i in self.out_indices
-                else nn.Identity()
-                for i in built
+                nn.LayerNorm(embed_dims[i], eps=1e-6) if i in used else nn.Identity() for i in built
             )
         if final_norm:
             self.norm = nn.LayerNorm(embed_dims[-1], eps=1e-6)
@@ -223,10 +215,9 @@ class ScalableViT(BaseModule):
         if self.frozen_stages < 0:
             return
         count = self.frozen_stages
-        frozen = [*self.patch_embeds[: max(count, 1)], *self.pos_block[:count]]
-        frozen += self.stages[:count]
-        if self.stage_norm is not None:
-            frozen += self.norm_list[:count]
+        norms = [] if self.stage_norm is None else self.norm_list
+        frozen = [*self.patch_embeds[: max(count, 1)]]
+        frozen += [*self.pos_block[:count], *self.stages[:count], *norms[:count]]
         if count == NUM_STAGES and hasattr(self, 'norm'):
             frozen.append(self.norm)
         for module in frozen:
@@ -255,21 +246,18 @@ class ScalableViT(BaseModule):
         num_layers = sum(depths) + 2
         if not param_name.startswith(prefix):
             return num_layers - 1, num_layers
-        name = param_name[len(prefix) :]
-        part, _, rest = name.partition('.')
+        part, *place = param_name.removeprefix(prefix).split('.')
         if part == 'norm':
             return num_layers - 2, num_layers
         if part not in ('patch_embeds', 'pos_block', 'stages', 'norm_list'):
             raise ValueError(f'param_name {param_name!r} is no parameter of ScalableViT')
-        stage = int(rest.split('.')[0])
-        layer = sum(depths[:stage]) + 1
-        if part == 'stages':
-            layer += int(rest.split('.')[1])
-        elif part == 'norm_list':
-            layer += depths[stage] - 1
-        elif part == 'patch_embeds' and stage == 0:
-            layer = 0
-        return layer, num_layers
+        stage = int(place[0])
+        if part == 'patch_embeds' and stage == 0:
+            return 0, num_layers
+        if part == 'norm_list':
+            return sum(depths[: stage + 1]), num_layers
+        block = int(place[1]) if part == 'stages' else 0
+        return 1 + sum(depths[:stage]) + block, num_layers
 
     def init_weights(self) -> None:
         """Initialize from scratch as released, or from ``init_cfg``.
@@ -283,10 +271,7 @@ class ScalableViT(BaseModule):
         cfgs = [self.init_cfg] if isinstance(self.init_cfg, dict) else list(self.init_cfg or [])
         pretrained = [cfg for cfg in cfgs if _is_pretrained(cfg)]
         self._init_from_scratch()
-        if len(pretrained) < len(cfgs):
-            self.init_cfg = [cfg for cfg in cfgs if not _is_pretrained(cfg)]
-            super().init_weights()
-            self.init_cfg = cfgs
+        initialize(self, [cfg for cfg in cfgs if cfg not in pretrained])
         for cfg in pretrained:
             load_backbone_checkpoint(self, **{k: v for k, v in cfg.items() if k != 'type'})
         self.is_init = True
@@ -296,8 +281,7 @@ class ScalableViT(BaseModule):
             if isinstance(module, nn.Linear):
                 trunc_normal_init(module, std=0.02)
             elif isinstance(module, nn.LayerNorm):
-                nn.init.ones_(module.weight)
-                nn.init.zeros_(module.bias)
+                module.reset_parameters()
             elif isinstance(module, nn.Conv2d):
                 fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
                 nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
@@ -322,11 +306,9 @@ def _is_pretrained(init_cfg: dict) -> bool:
     if 'type' not in init_cfg:
         raise ValueError(f"init_cfg needs the key 'type', such as 'Pretrained', got {init_cfg}")
     kind = init_cfg['type']
-    pretrained = (
-        WEIGHT_INITIALIZERS.get(kind) if isinstance(kind, str) else kind
-    ) is PretrainedInit
-    if pretrained and 'checkpoint' not in init_cfg:
+    kind = WEIGHT_INITIALIZERS.get(kind) if isinstance(kind, str) else kind
+    if kind is PretrainedInit and 'checkpoint' not in init_cfg:
         raise ValueError(
             f"init_cfg of type 'Pretrained' needs the key 'checkpoint', got {init_cfg}"
         )
-    return pretrained
+    return kind is PretrainedInit
