@@ -7,7 +7,6 @@ import itertools
 import json
 import math
 import os
-import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -34,11 +33,17 @@ matplotlib.use('Agg')
 
 IMAGES = {'.bmp', '.jpeg', '.jpg', '.png', '.ppm', '.tif', '.tiff', '.webp'}
 VIDEOS = {'.avi', '.m4v', '.mkv', '.mov', '.mp4', '.mpeg', '.mpg', '.webm'}
-DEFAULT_SCORE_THRESHOLD = 0.3
+SCORE_THRESHOLD = 0.3
 # Of a classifier's classes, as many as are written.
 TOP = 5
 # A class gets its name where it reaches this far around a pixel.
 MIN_DEPTH = 6
+NAME_STYLE = dict(
+    colors='white',
+    vertical_alignments='center',
+    horizontal_alignments='center',
+    bboxes=dict(facecolor='black', alpha=0.5, pad=0.7, edgecolor='none'),
+)
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ class Frame:
 class Detector:
     """Boxes and masks from a score on, written together as one file in COCO's format."""
 
-    def __init__(self, cfg: Config, device: str, score_threshold: float) -> None:
+    def __init__(self, cfg: Config, device: str, score_threshold: float = SCORE_THRESHOLD) -> None:
         from mmdet.apis import DetInferencer
         from mmdet.visualization import DetLocalVisualizer
 
@@ -93,9 +98,8 @@ class Detector:
     def draw(self, frame: Frame, sample) -> np.ndarray:
         """The image with boxes, masks, names and scores, RGB."""
         # What is below the threshold was taken out before.
-        self.visualizer.add_datasample(
-            '', frame.rgb, sample, draw_gt=False, pred_score_thr=-math.inf
-        )
+        options = dict(draw_gt=False, pred_score_thr=-math.inf)
+        self.visualizer.add_datasample('', frame.rgb, sample, **options)
         return self.visualizer.get_image()
 
     def finish(self, out_dir: Path) -> list[Path]:
@@ -135,25 +139,17 @@ class Segmentor:
             region = np.pad(labels == label, 1).astype(np.uint8)
             depth = cv2.distanceTransform(region, cv2.DIST_L2, 3)[1:-1, 1:-1]
             y, x = np.unravel_index(depth.argmax(), depth.shape)
-            if depth[y, x] < MIN_DEPTH:
-                continue
-            self.visualizer.draw_texts(
-                self.visualizer.dataset_meta['classes'][label],
-                np.array([x, y]),
-                colors='white',
-                vertical_alignments='center',
-                horizontal_alignments='center',
-                bboxes=dict(facecolor='black', alpha=0.5, pad=0.7, edgecolor='none'),
-            )
+            if depth[y, x] >= MIN_DEPTH:
+                name = self.visualizer.dataset_meta['classes'][label]
+                self.visualizer.draw_texts(name, np.array([x, y]), **NAME_STYLE)
         return self.visualizer.get_image()
 
     def finish(self, out_dir: Path) -> list[Path]:
         """Write what the numbers in the label maps stand for."""
         meta = self.visualizer.dataset_meta
-        colors = [list(map(int, color)) for color in meta['palette']]
         classes = [
-            dict(label=i, name=name, color=color)
-            for i, (name, color) in enumerate(zip(meta['classes'], colors, strict=False))
+            dict(label=i, name=name, color=list(map(int, color)))
+            for i, (name, color) in enumerate(zip(meta['classes'], meta['palette'], strict=False))
         ]
         return [out_dir / 'label_maps', _write_json(out_dir / 'classes.json', classes)]
 
@@ -190,23 +186,20 @@ class Classifier:
 
 
 PREDICTORS = dict(mmdet=Detector, mmseg=Segmentor, mmpretrain=Classifier)
+Predictor = Detector | Segmentor | Classifier
 
 
 def build_predictor(
-    cfg: Config, checkpoint: str, device: str, score_threshold: float | None = None
-) -> Detector | Segmentor | Classifier:
+    cfg: Config, checkpoint: str, device: str, score_threshold: float | None
+) -> Predictor:
     """Build the predictor of a config's toolbox, with a checkpoint's weights and class names."""
     scope = cfg.get('default_scope')
     if scope not in PREDICTORS:
-        raise UserError(
-            f'config {cfg.filename} has default_scope={scope!r}, which must be one of '
-            f'{", ".join(PREDICTORS)}'
-        )
+        wanted = f'which must be one of {", ".join(PREDICTORS)}'
+        raise UserError(f'config {cfg.filename} has default_scope={scope!r}, {wanted}')
     if score_threshold is not None and scope != 'mmdet':
         raise UserError(f'--score-thr is for detectors, and {cfg.filename} is of {scope}')
-    if score_threshold is None:
-        score_threshold = DEFAULT_SCORE_THRESHOLD
-    options = dict(score_threshold=score_threshold) if scope == 'mmdet' else {}
+    options = {} if score_threshold is None else dict(score_threshold=score_threshold)
     init_default_scope(scope)
     # Weights and names come below: the toolboxes take a checkpoint that fits in part, and COCO's
     # or Cityscapes' names where it has none.
@@ -263,9 +256,8 @@ def find_inputs(given: str) -> list[Path]:
     allowed = IMAGES | VIDEOS if len(found) == 1 else IMAGES
     for path in found:
         if path.suffix.lower() not in allowed:
-            raise UserError(
-                f'input {path} must be one of: {", ".join(sorted(allowed))}; videos one at a time'
-            )
+            kinds = ', '.join(sorted(allowed))
+            raise UserError(f'input {path} must be one of: {kinds}; videos one at a time')
     return found
 
 
@@ -277,14 +269,6 @@ def read_images(paths: list[Path]) -> Iterator[Frame]:
         if image is None:
             raise UserError(f'cannot read image {path}')
         yield Frame(str(path.resolve().relative_to(root)), image, number)
-
-
-def open_video(path: Path) -> mmcv.VideoReader:
-    """Open a video."""
-    video = mmcv.VideoReader(str(path))
-    if not video.opened:
-        raise UserError(f'cannot read video {path}')
-    return video
 
 
 def read_frames(path: Path, video: mmcv.VideoReader) -> Iterator[Frame]:
@@ -305,9 +289,7 @@ def open_writer(path: Path, fps: float, size: tuple[int, int]) -> cv2.VideoWrite
     return writer
 
 
-def predict(
-    predictor: Detector | Segmentor | Classifier, frames: Iterable[Frame], batch_size: int
-) -> Iterator[tuple]:
+def predict(predictor: Predictor, frames: Iterable[Frame], batch_size: int) -> Iterator[tuple]:
     """Predict batch by batch; yields each image and its data sample, on the CPU."""
     inferencer = predictor.inferencer
     for batch in _batches(frames, batch_size, isinstance(predictor, Segmentor)):
@@ -326,11 +308,12 @@ def _batches(frames: Iterable[Frame], batch_size: int, of_one_size: bool) -> Ite
             yield batch
 
 
-def run(
-    predictor: Detector | Segmentor | Classifier, paths: list[Path], out_dir: Path, batch_size: int
-) -> list[Path]:
+def run(predictor: Predictor, paths: list[Path], out_dir: Path, batch_size: int) -> list[Path]:
     """Predict and write pictures, or a video, and the predictions; returns what was written."""
-    video = open_video(paths[0]) if paths[0].suffix.lower() in VIDEOS else None
+    is_video = paths[0].suffix.lower() in VIDEOS
+    video = mmcv.VideoReader(str(paths[0])) if is_video else None
+    if is_video and not video.opened:
+        raise UserError(f'cannot read video {paths[0]}')
     frames = read_images(paths) if video is None else read_frames(paths[0], video)
     # The number of frames is a guess of the container's, which may be 0.
     total = len(paths) if video is None else video.frame_cnt or None
@@ -375,22 +358,16 @@ def parse_args() -> argparse.Namespace:
         epilog="example: python demo/image_demo.py 'photos/*.jpg' "
         'configs/detection/mask-rcnn_scalablevit-s_fpn_1x_coco.py epoch_12.pth --out-dir predicted',
     )
-    parser.add_argument(
-        'input', metavar='INPUT', help='image, folder of images, quoted pattern, or video'
-    )
+    help_ = 'image, folder of images, quoted pattern, or video'
+    parser.add_argument('input', metavar='INPUT', help=help_)
     parser.add_argument('config', metavar='CONFIG', help='config of the model')
     parser.add_argument('checkpoint', metavar='CHECKPOINT', help='checkpoint of the whole model')
-    parser.add_argument(
-        '--out-dir', metavar='DIR', type=Path, required=True, help='folder to write to'
-    )
+    help_ = 'folder to write to'
+    parser.add_argument('--out-dir', metavar='DIR', type=Path, required=True, help=help_)
     parser.add_argument('--batch-size', type=int, default=1, help='images in a batch (default: 1)')
     parser.add_argument('--device', help='such as cpu or cuda:0 (default: the accelerator, if any)')
-    parser.add_argument(
-        '--score-thr',
-        type=float,
-        help='detections below it are neither drawn nor written '
-        f'(default: {DEFAULT_SCORE_THRESHOLD})',
-    )
+    help_ = f'detections below it are neither drawn nor written (default: {SCORE_THRESHOLD})'
+    parser.add_argument('--score-thr', type=float, help=help_)
     args = parser.parse_args()
     if args.batch_size < 1:
         parser.error(f'--batch-size must be at least 1, got {args.batch_size}')
@@ -414,8 +391,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    try:
-        cli.run(main)
-    except KeyboardInterrupt:
-        print('interrupted', file=sys.stderr)
-        sys.exit(130)
+    cli.run(main)

@@ -70,9 +70,8 @@ class Row:
 def read_training(work_dir: Path, metrics: tuple[Metric, ...]) -> Run:
     """The logs of a training, which must hold iterations, evaluations and every metric."""
     if not work_dir.is_dir():
-        raise UserError(
-            f'work directory {work_dir} does not exist; train with tools/train.py first'
-        )
+        remedy = 'train with tools/train.py first'
+        raise UserError(f'work directory {work_dir} does not exist; {remedy}')
     run = read_run(work_dir)
     if not run.train or not run.validations:
         raise UserError(f'the logs in {work_dir} contain no training iteration or no evaluation')
@@ -193,10 +192,8 @@ def find_images(data: Path, count: int) -> list[Path]:
     """The first validation images of the folder that ``demo/shapes.py`` wrote."""
     images = sorted((data / 'images/validation').glob('*.jpg'))[:count]
     if len(images) < count:
-        raise UserError(
-            f'{data}/images/validation holds {len(images)} images of the {count} to '
-            'show; write them with demo/shapes.py'
-        )
+        held = f'{data}/images/validation holds {len(images)} images of the {count} to show'
+        raise UserError(f'{held}; write them with demo/shapes.py')
     return images
 
 
@@ -242,9 +239,8 @@ def show_detections(run: Run, data: Path, images: list[Path], path: Path) -> Non
         _, kept = nms(prediction.bboxes, prediction.scores, IOU_THRESHOLD)
         prediction = prediction[kept].numpy()
         image, factor = read_image(file)
-        pictures = [draw(image, factor, gt_instances=truth)]
-        pictures.append(draw(image, factor, pred_instances=prediction))
-        columns.append((image, *pictures))
+        drawn_truth = draw(image, factor, gt_instances=truth)
+        columns.append((image, drawn_truth, draw(image, factor, pred_instances=prediction)))
     titles = ('image', 'truth', f'prediction (score > {SCORE_THRESHOLD})')
     draw_grid(columns, titles, [file.name for file in images], colors, path)
 
@@ -332,12 +328,10 @@ def parse_args() -> argparse.Namespace:
     }
     for name, text in folders.items():
         parser.add_argument(name, type=Path, required=True, help=text)
-    parser.add_argument(
-        '--num-images', type=int, default=8, help='number of validation images to show (default: 8)'
-    )
-    parser.add_argument(
-        '--strict', action='store_true', help='exit with status 1 if a target is missed'
-    )
+    help_ = 'number of validation images to show (default: 8)'
+    parser.add_argument('--num-images', type=int, default=8, help=help_)
+    help_ = 'exit with status 1 if a target is missed'
+    parser.add_argument('--strict', action='store_true', help=help_)
     args = parser.parse_args()
     if args.num_images < 1:
         parser.error(f'--num-images must be at least 1, got {args.num_images}')

@@ -54,6 +54,7 @@ HUE_SPREAD = 28
 SUPERSAMPLING = 4
 # Raise it when the drawn images change, so that older sets are made again.
 VERSION = 2
+_ADVICE = 'name a new or an empty folder for OUT_DIR'
 
 
 def _smooth_noise(rng: np.random.Generator, size: int, cells: int) -> np.ndarray:
@@ -169,33 +170,28 @@ def to_label_map(masks: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 def to_coco_annotations(masks: np.ndarray, labels: np.ndarray) -> list[dict]:
     """COCO's annotations of disjoint masks (N, H, W), all but the two ids."""
-    annotations = []
-    for mask, label in zip(masks, labels, strict=True):
-        rle = coco_mask.encode(np.asfortranarray(mask, np.uint8))
-        annotations.append(
-            dict(
-                category_id=int(label) + 1,
-                segmentation=dict(size=rle['size'], counts=rle['counts'].decode('ascii')),
-                bbox=coco_mask.toBbox(rle).tolist(),
-                area=int(coco_mask.area(rle)),
-                iscrowd=0,
-            )
+    rles = [coco_mask.encode(np.asfortranarray(mask, np.uint8)) for mask in masks]
+    return [
+        dict(
+            category_id=int(label) + 1,
+            segmentation=dict(size=rle['size'], counts=rle['counts'].decode('ascii')),
+            bbox=coco_mask.toBbox(rle).tolist(),
+            area=int(coco_mask.area(rle)),
+            iscrowd=0,
         )
-    return annotations
+        for rle, label in zip(rles, labels, strict=True)
+    ]
 
 
 def _write_sample(index: int, split: int, out_dir: Path, size: int, seed: int) -> list[dict]:
     """Draw and write the image ``index`` of a split and return its COCO annotations."""
-    # A seed for every single image: the same file whoever draws it, and never the same in both
-    # splits.
+    # A seed for each image: the same file whoever draws it, and never the same in both splits.
     image, masks, labels = draw_image(np.random.default_rng([seed, split, index]), size)
-    image = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
-    label_map = to_label_map(masks, labels)
-    files = (
-        ('images', '.jpg', image, [cv2.IMWRITE_JPEG_QUALITY, 95]),
-        ('annotations', '.png', label_map, []),
-    )
-    for folder, ending, pixels, params in files:
+    quality = [cv2.IMWRITE_JPEG_QUALITY, 95]
+    for folder, ending, pixels, params in (
+        ('images', '.jpg', cv2.cvtColor(image, cv2.COLOR_RGB2BGR), quality),
+        ('annotations', '.png', to_label_map(masks, labels), []),
+    ):
         # Through Python's own files, whose errors name their cause.
         path = out_dir / folder / SPLITS[split] / f'{index:06d}{ending}'
         path.write_bytes(cv2.imencode(ending, pixels, params)[1].tobytes())
@@ -234,14 +230,13 @@ def _write_split(split: int, count: int, out_dir: Path, size: int, seed: int, wo
     with _mapper(workers) as run:
         per_image = list(track(run(write, indices), f'{SPLITS[split]} images', total=count))
 
-    names = [f'{index:06d}.jpg' for index in indices]
     pairs = [(index, a) for index, found in zip(indices, per_image, strict=True) for a in found]
     coco = dict(
         info=dict(description=f'Drawn shapes, {SPLITS[split]}', version=str(VERSION)),
         licenses=[dict(id=1, name='Apache-2.0', url='https://www.apache.org/licenses/LICENSE-2.0')],
         images=[
-            dict(id=index, file_name=name, width=size, height=size, license=1)
-            for index, name in zip(indices, names, strict=True)
+            dict(id=index, file_name=f'{index:06d}.jpg', width=size, height=size, license=1)
+            for index in indices
         ],
         annotations=[
             dict(image_id=index, **annotation, id=i)
@@ -255,9 +250,8 @@ def _write_split(split: int, count: int, out_dir: Path, size: int, seed: int, wo
 
 
 def _check_arguments(**given: int) -> None:
-    counts, sides = (1, 999999), SIZE_RANGE
-    seeds, workers = (0, 2**32 - 1), (1, 256)
-    allowed = dict(num_train=counts, num_val=counts, size=sides, seed=seeds, workers=workers)
+    counts, seeds, workers = (1, 999999), (0, 2**32 - 1), (1, 256)
+    allowed = dict(num_train=counts, num_val=counts, size=SIZE_RANGE, seed=seeds, workers=workers)
     for name, (low, high) in allowed.items():
         if not low <= given[name] <= high:
             raise ValueError(f'{name} must be from {low} to {high}, got {given[name]}')
@@ -269,18 +263,13 @@ def _read_record(out_dir: Path) -> dict | None:
     if not record_file.exists():
         # A lone shapes.json.tmp is our own, of a run that was interrupted at its first file.
         if out_dir.exists() and {path.name for path in out_dir.iterdir()} - {'shapes.json.tmp'}:
-            raise ValueError(
-                f'{out_dir} contains other files but no shapes.json; name a new or an '
-                'empty folder for OUT_DIR'
-            )
+            raise ValueError(f'{out_dir} contains other files but no shapes.json; {_ADVICE}')
         return None
     try:
         record = json.loads(record_file.read_text())
         return dict(arguments=record['arguments'], finished=record['finished'])
     except (ValueError, KeyError, TypeError):
-        raise ValueError(
-            f'{record_file} was not written by this tool; name a new or an empty folder for OUT_DIR'
-        ) from None
+        raise ValueError(f'{record_file} was not written by this tool; {_ADVICE}') from None
 
 
 def _write_record(out_dir: Path, arguments: dict, finished: bool) -> None:
@@ -315,8 +304,7 @@ def write_shapes(
     out_dir = Path(out_dir)
     counts = dict(zip(SPLITS, (num_train, num_val), strict=True))
 
-    record = _read_record(out_dir)
-    if record is not None:
+    if record := _read_record(out_dir):
         same = record['arguments'] == arguments
         if same and record['finished'] and _is_whole(out_dir, counts):
             return False
@@ -366,10 +354,8 @@ def main() -> None:
     except KeyboardInterrupt:
         print('Interrupted; the same command writes the set again.', file=sys.stderr)
         sys.exit(130)
-    print(
-        f'{args.num_train} training and {args.num_val} validation images '
-        f'{"are now in" if written else "were already in"} {args.out_dir}'
-    )
+    place = f'{"are now" if written else "were already"} in {args.out_dir}'
+    print(f'{args.num_train} training and {args.num_val} validation images {place}')
 
 
 if __name__ == '__main__':

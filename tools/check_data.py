@@ -45,9 +45,8 @@ def check_dataset(cfg: Config, loader: str, leaf: ConfigDict, full: bool) -> tup
         summary = check_data_set(cfg, loader, leaf, findings, full)
         dataset = DATASETS.build(dict(leaf, pipeline=[], lazy_init=True))
     except (AssertionError, KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f'{loader}: the data set cannot be built: {type(error).__name__}: {error}'
-        ) from error
+        fault = f'{type(error).__name__}: {error}'
+        raise UserError(f'{loader}: the data set cannot be built: {fault}') from error
     if summary is None:
         raise UserError(
             f'{loader}: {type(dataset).__name__} cannot be checked, only boxes and masks of mmdet '
@@ -91,17 +90,12 @@ def parse_args() -> argparse.Namespace:
         description='List what is missing or wrong in the data. Exit code 0: no errors.',
         epilog='example: python tools/check_data.py coco --root data/coco',
     )
-    parser.add_argument(
-        'config',
-        metavar='coco|ade20k|CONFIG',
-        help='a standard data set, or a config whose data sets and number of classes are checked',
-    )
-    parser.add_argument(
-        '--root', help='folder of coco or ade20k; default: data/coco, data/ade/ADEChallengeData2016'
-    )
-    parser.add_argument(
-        '--full', action='store_true', help=f'open every image and mask, not {SAMPLE} of each set'
-    )
+    help_ = 'a standard data set, or a config whose data sets and number of classes are checked'
+    parser.add_argument('config', metavar='coco|ade20k|CONFIG', help=help_)
+    help_ = 'folder of coco or ade20k; default: data/coco, data/ade/ADEChallengeData2016'
+    parser.add_argument('--root', help=help_)
+    help_ = f'open every image and mask, not {SAMPLE} of each set'
+    parser.add_argument('--full', action='store_true', help=help_)
     cli.add_config_options(parser)
     parser.set_defaults(work_dir=None, launcher='none', local_rank=0)
     return cli.parse_args(parser)
@@ -129,9 +123,8 @@ def main() -> None:
                 continue
             done.append(leaf)
             summary, findings = check_dataset(cfg, loader, leaf, args.full)
-            print(
-                f'{loader}: {leaf.type} in {leaf.get("data_root") or "."}: {summary or "unusable"}'
-            )
+            root = leaf.get('data_root') or '.'
+            print(f'{loader}: {leaf.type} in {root}: {summary or "unusable"}')
             for line in findings.lines():
                 print(f'  {line}')
             errors += len(findings.errors)

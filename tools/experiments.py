@@ -103,12 +103,8 @@ def _group(name: str, paths: list[Path]) -> list[Path]:
 
 
 def _matching(pattern: str, paths: list[Path]) -> list[Path]:
-    return [
-        path
-        for path in paths
-        if fnmatch.fnmatchcase(path.stem, pattern)
-        or fnmatch.fnmatchcase(f'{path.parent.name}/{path.stem}', pattern)
-    ]
+    named = [(path, (path.stem, f'{path.parent.name}/{path.stem}')) for path in paths]
+    return [path for path, names in named if any(fnmatch.fnmatchcase(n, pattern) for n in names)]
 
 
 def convert(raw: Path, experiments: list[Experiment]) -> None:

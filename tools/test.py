@@ -13,11 +13,7 @@ from mmscalablevit import cli
 from mmscalablevit.checkpoint.reading import check_file
 
 # Launcher: the variable in which mmengine looks for its number of processes.
-WORLD_SIZES = {
-    'pytorch': 'WORLD_SIZE',
-    'slurm': 'SLURM_NTASKS',
-    'mpi': 'OMPI_COMM_WORLD_SIZE',
-}
+WORLD_SIZES = {'pytorch': 'WORLD_SIZE', 'slurm': 'SLURM_NTASKS', 'mpi': 'OMPI_COMM_WORLD_SIZE'}
 
 
 def parse_args() -> argparse.Namespace:
@@ -31,11 +27,11 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', help='checkpoint of the whole model')
-    parser.add_argument(
-        '--out',
-        help='where predictions are written: a .pkl file for detection and classification, '
-        'a folder of png label maps for segmentation',
+    help_ = (
+        'where predictions are written: a .pkl file for detection and classification, '
+        'a folder of png label maps for segmentation'
     )
+    parser.add_argument('--out', help=help_)
     parser.add_argument('--show-dir', help='folder for pictures of the predictions')
     parser.add_argument('--tta', action='store_true', help='test-time augmentation')
     cli.add_common_arguments(parser)
@@ -90,9 +86,8 @@ def enable_tta(cfg: Config) -> None:
     """Replace model and pipeline by those for test-time augmentation."""
     for key in ('tta_model', 'tta_pipeline'):
         if key not in cfg:
-            raise cli.UserError(
-                f'--tta needs {key}, which is missing in {cfg.filename} (mmdet augments boxes only)'
-            )
+            place = f'{cfg.filename} (mmdet augments boxes only)'
+            raise cli.UserError(f'--tta needs {key}, which is missing in {place}')
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
     dataset = cfg.test_dataloader.dataset
     while 'dataset' in dataset:

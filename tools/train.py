@@ -26,24 +26,14 @@ def parse_args() -> argparse.Namespace:
         'configs/detection/mask-rcnn_scalablevit-s_fpn_1x_coco.py --amp',
     )
     parser.add_argument('config', help='config file')
-    parser.add_argument(
-        '--amp', action='store_true', help='mixed precision: float16, or bfloat16 on CPU'
-    )
-    parser.add_argument(
-        '--auto-scale-lr',
-        action='store_true',
-        help="scale the learning rate from the config's base batch size to the actual one",
-    )
-    parser.add_argument(
-        '--resume',
-        nargs='?',
-        const='auto',
-        metavar='CHECKPOINT',
-        help='continue from this checkpoint, or from the latest one in the work directory',
-    )
-    parser.add_argument(
-        '--tracker', choices=TRACKERS, help='log to this experiment tracker besides the files'
-    )
+    help_ = 'mixed precision: float16, or bfloat16 on CPU'
+    parser.add_argument('--amp', action='store_true', help=help_)
+    help_ = "scale the learning rate from the config's base batch size to the actual one"
+    parser.add_argument('--auto-scale-lr', action='store_true', help=help_)
+    help_ = 'continue from this checkpoint, or from the latest one in the work directory'
+    parser.add_argument('--resume', nargs='?', const='auto', metavar='CHECKPOINT', help=help_)
+    help_ = 'log to this experiment tracker besides the files'
+    parser.add_argument('--tracker', choices=TRACKERS, help=help_)
     cli.add_common_arguments(parser)
     return cli.parse_args(parser)
 
@@ -62,9 +52,8 @@ def enable_amp(cfg: Config) -> None:
 def enable_auto_scale_lr(cfg: Config) -> None:
     """Let the runner scale the learning rate."""
     if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
-        raise cli.UserError(
-            f'--auto-scale-lr needs auto_scale_lr.base_batch_size in {cfg.filename}'
-        )
+        key = 'auto_scale_lr.base_batch_size'
+        raise cli.UserError(f'--auto-scale-lr needs {key} in {cfg.filename}')
     cfg.auto_scale_lr.enable = True
 
 

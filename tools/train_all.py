@@ -7,20 +7,20 @@ Ctrl-C stops what runs, and the same command goes on from there.
 """
 
 import argparse
-import contextlib
 import os
 import shlex
 import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from experiments import GROUPS, Experiment, convert, select
 from mmengine.config import DictAction
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TimeElapsedColumn
 
 from mmscalablevit import cli, work_dirs
 from mmscalablevit.engine.runner import lock_work_dir
@@ -50,7 +50,7 @@ class Job:
     experiment: Experiment
     step: Step
     process: subprocess.Popen
-    lock: contextlib.ExitStack
+    lock: ExitStack
     bar: int
     looked: float = 0.0
 
@@ -70,27 +70,23 @@ def plan(experiment: Experiment, args: argparse.Namespace) -> Step:
     flags = ['--amp'] * args.amp + ['--auto-scale-lr'] * args.auto_scale_lr
     checkpoint = work_dirs.find_checkpoint(str(experiment.work_dir))
     if checkpoint is None:
-        return _step('start', experiment, args, flags=flags)
+        return _step('start', experiment, args, '', *flags)
     step = work_dirs.checkpoint_step(checkpoint) or 0
     if step < total:
         flags += ['--resume', checkpoint]
-        return _step(f'resume at {unit} {step} of {total}', experiment, args, flags=flags)
+        return _step(f'resume at {unit} {step} of {total}', experiment, args, '', *flags)
 
     run = work_dirs.read_run(experiment.work_dir)
     if step not in run.validations:
         return _step('evaluate', experiment, args, checkpoint)
     augmented = args.tta and cfg.get('default_scope') == 'mmseg' and 'tta_pipeline' in cfg
     if augmented and step not in [evaluation.step for evaluation in run.tta]:
-        return _step('test with --tta', experiment, args, checkpoint, ['--tta'])
+        return _step('test with --tta', experiment, args, checkpoint, '--tta')
     return Step('finished')
 
 
 def _step(
-    state: str,
-    experiment: Experiment,
-    args: argparse.Namespace,
-    checkpoint: str | None = None,
-    flags: list[str] | None = None,
+    state: str, experiment: Experiment, args: argparse.Namespace, checkpoint: str, *flags: str
 ) -> Step:
     """Test a checkpoint or else train: by one process, torchrun or Slurm."""
     kind = 'test' if checkpoint else 'train'
@@ -110,7 +106,7 @@ def _step(
         texts.append(f'randomness.seed={experiment.seed}')
     options = ['--cfg-options', *texts] if texts else []
     environment = (('GPUS', str(args.gpus)),) if args.partition else ()
-    command = (*script, *work_dir, *(flags or []), *options)
+    command = (*script, *work_dir, *flags, *options)
     return Step(state, command, environment, trains=kind == 'train')
 
 
@@ -124,14 +120,8 @@ class Queue:
         self.console = console
         self.running: list[Job] = []
         self.failed: dict[str, str] = {}
-        self.progress = Progress(
-            TextColumn('{task.description}'),
-            BarColumn(),
-            TextColumn('{task.fields[text]}'),
-            TimeElapsedColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
+        columns = '{task.description}', BarColumn(), '{task.fields[text]}', TimeElapsedColumn()
+        self.progress = Progress(*columns, console=console, disable=not console.is_terminal)
 
     def work(self) -> None:
         """Do everything; failures are kept in ``failed``."""
@@ -139,27 +129,21 @@ class Queue:
             with self.progress:
                 while self.waiting or self.running:
                     while self.waiting and len(self.running) < self.args.jobs:
-                        self._begin(self.waiting.pop(0))
+                        self._start(self.waiting.pop(0))
                     for job in list(self.running):
                         self._look(job)
                     time.sleep(POLL if self.running else 0)
         finally:
             stop([job.process for job in self.running])
 
-    def _begin(self, experiment: Experiment) -> None:
-        lock = contextlib.ExitStack()
-        try:
-            lock.enter_context(lock_work_dir(experiment.work_dir, 'train_all'))
-        except UserError as error:
-            self._fail(experiment, str(error), lock)
-            return
-        self._start(experiment, lock, before=None)
-
     def _start(
-        self, experiment: Experiment, lock: contextlib.ExitStack, before: Step | None
+        self, experiment: Experiment, lock: ExitStack | None = None, before: Step | None = None
     ) -> None:
         """Start the next step of an experiment, if there is one."""
         try:
+            if lock is None:
+                lock = ExitStack()
+                lock.enter_context(lock_work_dir(experiment.work_dir, 'train_all'))
             step = plan(experiment, self.args)
         except (UserError, CheckpointError) as error:
             self._fail(experiment, str(error), lock)
@@ -196,7 +180,7 @@ class Queue:
         self.running.remove(job)
         self.progress.remove_task(job.bar)
         if code == 0:
-            self._start(job.experiment, job.lock, before=job.step)
+            self._start(job.experiment, job.lock, job.step)
             return
         log = job.experiment.work_dir / 'output.log'
         reason = f'"{job.step.state}" failed with code {code}; see {log}'
@@ -207,14 +191,14 @@ class Queue:
 
     def _show(self, job: Job) -> None:
         # A log or config may be just being written.
-        with contextlib.suppress(UserError, OSError):
+        with suppress(UserError, OSError):
             run = work_dirs.read_run(job.experiment.work_dir)
             if run.total and job.step.trains:
                 left = '' if run.hours_left is None else f', {run.hours_left:.1f} h left'
                 text = f'{run.unit} {run.done:.1f} of {run.total}{left}'
                 self.progress.update(job.bar, total=run.total, completed=run.done, text=text)
 
-    def _fail(self, experiment: Experiment, reason: str, lock: contextlib.ExitStack) -> None:
+    def _fail(self, experiment: Experiment, reason: str, lock: ExitStack) -> None:
         self.failed[experiment.name] = reason
         say(self.console, f'{experiment.name}: {reason}')
         lock.close()
@@ -239,7 +223,7 @@ def stop(processes: list[subprocess.Popen]) -> None:
 
 
 def _signal(process: subprocess.Popen, number: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, number)
 
 
@@ -259,13 +243,12 @@ def show_plan(experiments: list[Experiment], args: argparse.Namespace, console: 
 def report(experiments: list[Experiment], work_root: Path) -> None:
     """Compare with the page of results, or with the published ones in the folder ``compared``."""
     trained = [e for e in experiments if any(e.work_dir.glob('*/vis_data'))]
-    rows = [e for e in trained if e.seed is not None]
-    others = [e for e in trained if e.seed is None]
-    for script, chosen, options in (
-        ('results_page.py', rows, ['--compare']),
-        ('compare_runs.py', others, ['--out', work_root / 'compared']),
+    for script, of_page, options in (
+        ('results_page.py', True, ['--compare']),
+        ('compare_runs.py', False, ['--out', work_root / 'compared']),
     ):
-        words = [TOOLS / 'analysis_tools' / script, *(e.work_dir for e in chosen), *options]
+        chosen = [e.work_dir for e in trained if (e.seed is not None) == of_page]
+        words = [TOOLS / 'analysis_tools' / script, *chosen, *options]
         if chosen and subprocess.run([sys.executable, *words]).returncode:
             raise UserError('the results could not be compared; see above')
 
@@ -280,44 +263,30 @@ def parse_args() -> argparse.Namespace:
         epilog="example: python tools/train_all.py 'mask-rcnn_*_1x_coco' "
         "'segmentation/*upernet*' --gpus 8 --amp --tta",
     )
-    parser.add_argument(
-        'experiments',
-        nargs='+',
-        metavar='EXPERIMENT',
-        help='names of configs or globs over them, with or without their folder, such as '
-        "'mask-rcnn_*_1x_coco' or 'segmentation/*'; files of your own configs; or groups "
-        f'({groups})',
+    help_ = (
+        "names of configs or globs over them, with or without their folder, such as 'mask-rcnn_*"
+        f"_1x_coco' or 'segmentation/*'; files of your own configs; or groups ({groups})"
     )
-    parser.add_argument(
-        '--work-root', type=Path, default=Path('work_dirs'), help='folder of the work directories'
+    parser.add_argument('experiments', nargs='+', metavar='EXPERIMENT', help=help_)
+    help_ = 'folder of the work directories'
+    parser.add_argument('--work-root', type=Path, default=Path('work_dirs'), help=help_)
+    help_ = (
+        'folder of the original bccd, nuclei and camvid, from which data sets that are missing in '
+        'data/ are converted first'
     )
-    parser.add_argument(
-        '--raw',
-        type=Path,
-        help='folder of the original bccd, nuclei and camvid, from which data sets that are '
-        'missing in data/ are converted first',
-    )
+    parser.add_argument('--raw', type=Path, help=help_)
     parser.add_argument('--gpus', type=_positive, default=1, help='GPUs for each experiment')
     parser.add_argument('--partition', help='train through Slurm, in this partition')
-    parser.add_argument(
-        '--jobs',
-        type=_positive,
-        help='experiments at a time with --partition; default: all at once',
-    )
+    help_ = 'experiments at a time with --partition; default: all at once'
+    parser.add_argument('--jobs', type=_positive, help=help_)
     parser.add_argument('--dry-run', action='store_true', help='only list states and commands')
     parser.add_argument('--amp', action='store_true', help='mixed precision')
-    parser.add_argument(
-        '--auto-scale-lr', action='store_true', help='scale learning rates to the batch size'
-    )
-    parser.add_argument(
-        '--tta', action='store_true', help='test segmentors with multiple scales and flips as well'
-    )
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        metavar='KEY=VALUE',
-        help='settings that replace those of every chosen config',
-    )
+    help_ = 'scale learning rates to the batch size'
+    parser.add_argument('--auto-scale-lr', action='store_true', help=help_)
+    help_ = 'test segmentors with multiple scales and flips as well'
+    parser.add_argument('--tta', action='store_true', help=help_)
+    help_ = 'settings that replace those of every chosen config'
+    parser.add_argument('--cfg-options', nargs='+', metavar='KEY=VALUE', help=help_)
     args = parser.parse_args()
     if args.jobs and not args.partition:
         parser.error('--jobs needs --partition: on one machine, experiments run in turn')
@@ -325,10 +294,9 @@ def parse_args() -> argparse.Namespace:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f'must be at least 1, got {number}')
-    return number
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f'must be at least 1, got {text}')
+    return int(text)
 
 
 def parse_options(texts: list[str] | None) -> dict:
@@ -339,10 +307,6 @@ def parse_options(texts: list[str] | None) -> dict:
         return parser.parse_args(['--cfg-options', *texts] if texts else []).cfg_options
     except (ValueError, AssertionError, RecursionError) as error:
         raise UserError(f'--cfg-options must be KEY=VALUE, got {" ".join(texts)}') from error
-
-
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
 
 
 def main() -> None:
@@ -358,7 +322,7 @@ def main() -> None:
         convert(args.raw, experiments)
     # SIGINT too, which shells have background jobs ignore.
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt)
+        signal.signal(number, signal.default_int_handler)
     queue = Queue(experiments, args, console)
     try:
         queue.work()
@@ -367,9 +331,8 @@ def main() -> None:
         sys.exit(130)
     report(experiments, args.work_root)
     if queue.failed:
-        raise UserError(
-            f'{len(queue.failed)} of {len(experiments)} failed: {", ".join(queue.failed)}'
-        )
+        names = ', '.join(queue.failed)
+        raise UserError(f'{len(queue.failed)} of {len(experiments)} failed: {names}')
 
 
 if __name__ == '__main__':

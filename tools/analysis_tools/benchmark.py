@@ -11,13 +11,14 @@ import json
 import platform
 import re
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -82,37 +83,20 @@ def parse_args() -> argparse.Namespace:
     )
     default = ['small', 'plain', 'swin-t', 'twins-svt-s', 'pvtv2-b2', 'resnet-50']
     parser.add_argument('--models', nargs='+', default=default, metavar='MODEL', help=MODELS_HELP)
-    parser.add_argument(
-        '--modes',
-        nargs='+',
-        choices=['inference', 'train'],
-        default=['inference', 'train'],
-        help='forward pass, or training step with backward pass and optimizer; default: both',
-    )
-    parser.add_argument(
-        '--dtypes',
-        nargs='+',
-        choices=list(DTYPES),
-        default=['float32'],
-        help='default: float32; the others by autocast',
-    )
-    parser.add_argument(
-        '--sizes',
-        nargs='+',
-        type=size,
-        metavar='BxHxW',
-        default=[(32, 224, 224), (2, 512, 512), (1, 800, 1280), (2, 800, 1344)],
-        help='default: 32x224x224 2x512x512 1x800x1280 2x800x1344',
-    )
-    parser.add_argument(
-        '--rounds', type=int, default=5, help='measured passes of each model; default: 5'
-    )
-    parser.add_argument(
-        '--device', choices=['cpu', 'cuda'], default='cpu', help='where to measure; default: cpu'
-    )
+    help_ = 'forward pass, or training step with backward pass and optimizer; default: both'
+    modes = ['inference', 'train']
+    parser.add_argument('--modes', nargs='+', choices=modes, default=modes, help=help_)
+    help_ = 'default: float32; the others by autocast'
+    parser.add_argument('--dtypes', nargs='+', choices=DTYPES, default=['float32'], help=help_)
+    sizes = ['32x224x224', '2x512x512', '1x800x1280', '2x800x1344']
+    options = dict(nargs='+', type=size, metavar='BxHxW', default=[size(text) for text in sizes])
+    parser.add_argument('--sizes', **options, help=f'default: {" ".join(sizes)}')
+    help_ = 'measured passes of each model; default: 5'
+    parser.add_argument('--rounds', type=int, default=5, help=help_)
+    help_ = 'where to measure; default: cpu'
+    parser.add_argument('--device', choices=['cpu', 'cuda'], default='cpu', help=help_)
     parser.add_argument('--no-memory', action='store_true', help='do not measure memory')
     parser.add_argument('--out', type=Path, help='folder for benchmark.json and benchmark.md')
-    parser.add_argument('--measure-memory', help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -253,35 +237,29 @@ def peak_memory(name: str, case: Case, device: str) -> float | None:
         return (torch.cuda.max_memory_allocated() - others) / 2**20
     if platform.system() != 'Linux':
         return None
-    request = json.dumps(dict(name=name, case=asdict(case)))
-    done = subprocess.run(
-        [sys.executable, __file__, '--measure-memory', request], capture_output=True, text=True
-    )
-    if done.returncode:
-        raise RuntimeError(f'measuring the memory of {name} failed:\n{done.stderr}')
-    return float(done.stdout.splitlines()[-1])
+    try:
+        with ProcessPoolExecutor(1, get_context('spawn')) as pool:
+            return pool.submit(resident_memory, name, case).result()
+    except Exception as error:
+        raise RuntimeError(f'measuring the memory of {name} failed') from error
 
 
-def measure_memory(request: dict) -> None:
-    """Run one model twice in this process and print its peak resident memory in MB."""
-    run = prepare(request['name'], Case(**request['case']), 'cpu')
+def resident_memory(name: str, case: Case) -> float:
+    """Run a model twice in this process and return its peak resident memory in MB."""
+    MMLogger.get_current_instance().setLevel('ERROR')
+    run = prepare(name, case, 'cpu')
     run()
     run()
     # Not the maximum of getrusage, which a process inherits from the one that started it.
-    print(int(re.search(r'VmHWM:\s+(\d+) kB', Path('/proc/self/status').read_text())[1]) / 2**10)
-
-
-def ratio(result: Result, reference: Result) -> tuple[float, float, float]:
-    """Median, lowest and highest ratio of the times within a round."""
-    ratios = [a / b for a, b in zip(result.seconds, reference.seconds, strict=True)]
-    return statistics.median(ratios), min(ratios), max(ratios)
+    return int(re.search(r'VmHWM:\s+(\d+) kB', Path('/proc/self/status').read_text())[1]) / 2**10
 
 
 def rows(results: list[Result]) -> Iterator[list[str]]:
     """Rows of the table of one case; the first model is what the others are compared with."""
     reference, rate = results[0], results[-1].gflops / results[-1].median
     for result in results:
-        mid, low, high = ratio(result, reference)
+        ratios = [a / b for a, b in zip(result.seconds, reference.seconds, strict=True)]
+        mid, low, high = statistics.median(ratios), min(ratios), max(ratios)
         gflops = result.gflops / result.median if result.gflops else None
         is_matmul = result.model == MATMUL
         yield [
@@ -316,10 +294,8 @@ def markdown(cases: list[list[Result]]) -> str:
 def machine() -> str:
     """One line on the machine and the software."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
-    return (
-        f'{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, '
-        f'mmscalablevit {__version__}'
-    )
+    software = f'torch {torch.__version__}, mmscalablevit {__version__}'
+    return f'{name}, {torch.get_num_threads()} threads, {software}'
 
 
 def cpu_name() -> str:
@@ -346,9 +322,6 @@ def main() -> None:
     args = parse_args()
     # mmengine tells how each parameter was initialized, and that nothing is pretrained.
     MMLogger.get_current_instance().setLevel('ERROR')
-    if args.measure_memory:
-        measure_memory(json.loads(args.measure_memory))
-        return
     if args.device == 'cuda' and not torch.cuda.is_available():
         raise cli.UserError('--device cuda: torch sees no CUDA device')
     if args.rounds < 1:

@@ -10,6 +10,7 @@ import argparse
 import json
 import re
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
 
 import matplotlib
@@ -108,12 +109,12 @@ def find_alterations(config: Config, reference: Config, keys: tuple[str, ...]) -
     for entry in keys:
         mine, theirs = (flatten(c.get(entry), entry) for c in (config, reference))
         for key in dict.fromkeys([*mine, *theirs]):
-            if NEUTRAL.search(key) or mine.get(key) == theirs.get(key):
+            # A key that is set to None is as good as absent.
+            value = mine.get(key)
+            faster = key == 'optim_wrapper.type' and value in MIXED_PRECISION
+            if faster or NEUTRAL.search(key) or value == theirs.get(key):
                 continue
-            if key == 'optim_wrapper.type' and mine.get(key) in MIXED_PRECISION:
-                continue
-            # A key that is set to None is as good as absent, and so compares equal above.
-            text = f'{key}={mine[key]}' if mine.get(key) is not None else f'{key} removed'
+            text = f'{key} removed' if value is None else f'{key}={value}'
             altered.append(text.replace(', ', ','))
     return altered
 
@@ -165,22 +166,15 @@ def is_pretrained(config: Config) -> bool:
     return any(named) or any(leaves[key] == 'Pretrained' for key in inits)
 
 
-def find_reference(name: str) -> Config | None:
-    """The config of an experiment in the repository; None if there is none of this name."""
-    for path in sorted(CONFIGS.glob(f'*/{name}.py')):
-        return Config.fromfile(path, import_custom_modules=False)
-    return None
-
-
 def make_rows(run: Run, models: dict[str, Published]) -> list[Row]:
     """A row for each metric of a run, or one that says how far it is."""
     altered, notes = [], []
     published = models[run.name].metrics if run.name in models else {}
-    reference = find_reference(run.name)
-    if reference is None:
+    paths = sorted(CONFIGS.glob(f'*/{run.name}.py'))
+    if not paths:
         notes.append('unknown experiment: no config of this name in configs/')
     else:
-        altered = alterations(run, reference)
+        altered = alterations(run, Config.fromfile(paths[0], import_custom_modules=False))
         # The demo, which no metafile has, starts from scratch by design.
         if run.config is not None and run.name in models and not is_pretrained(run.config):
             altered.append('backbone not pretrained')
@@ -196,35 +190,30 @@ def make_rows(run: Run, models: dict[str, Published]) -> list[Row]:
     common |= dict(experiment=run.name, work_dir=str(run.work_dir))
     rows = []
     for metric in metrics:
-        row = Row(**common, metric=metric, altered=altered, notes=notes)
-        evaluations = run.evaluations(metric)
-        row.published = published.get(metric)
-        if evaluations:
+        wanted = published.get(metric)
+        row = Row(**common, metric=metric, published=wanted, altered=altered, notes=notes)
+        if evaluations := run.evaluations(metric):
             best = max(evaluations, key=lambda e: e.metrics[metric])
             row.best, row.best_step = best.metrics[metric], best.step
             row.last, row.last_step = evaluations[-1].metrics[metric], evaluations[-1].step
-            if row.published is not None:
-                row.gap = row.best - row.published
+            row.gap = None if wanted is None else row.best - wanted
         rows.append(row)
     return rows or [Row(**common, altered=altered, notes=[*notes, 'no evaluation yet'])]
 
 
 def compare_with_baselines(rows: list[Row]) -> None:
     """Set the differences from the best runs of the same training with another backbone."""
-    for row in rows:
-        if 'scalablevit-s' not in row.experiment or row.best is None:
+    measured = [row for row in rows if row.best is not None]
+    for row, (part, name) in product(measured, BASELINES.items()):
+        twin = row.experiment.replace('scalablevit-s', part)
+        others = [r for r in measured if (r.experiment, r.metric) == (twin, row.metric)]
+        if twin == row.experiment or not others:
             continue
-        for part, name in BASELINES.items():
-            twin = row.experiment.replace('scalablevit-s', part)
-            others = [r for r in rows if (r.experiment, r.metric) == (twin, row.metric)]
-            others = [r for r in others if r.best is not None]
-            if not others:
-                continue
-            other = max(others, key=lambda r: r.best)
-            row.differences[name] = row.best - other.best
-            finished = row.state == other.state == 'finished'
-            if not finished or set(row.altered) != set(other.altered):
-                row.incomparable.append(name)
+        other = max(others, key=lambda r: r.best)
+        row.differences[name] = row.best - other.best
+        finished = row.state == other.state == 'finished'
+        if not finished or set(row.altered) != set(other.altered):
+            row.incomparable.append(name)
 
 
 def read_rows(work_dirs: list[Path]) -> tuple[list[Row], list[Run]]:
@@ -277,11 +266,10 @@ def _note_texts(row: Row) -> list[str]:
     if not row.altered:
         return row.notes
     # What is not a setting would be lost among many of them.
-    settings = [text for text in row.altered if ' ' not in text or '=' in text]
-    shown = [text for text in row.altered if text not in settings[NUM_SHOWN:]]
-    more = len(row.altered) - len(shown)
-    counted = f'; and {more} more settings' if more else ''
-    return [f'altered: {"; ".join(shown)}{counted}', *row.notes]
+    more = [text for text in row.altered if ' ' not in text or '=' in text][NUM_SHOWN:]
+    shown = '; '.join(text for text in row.altered if text not in more)
+    counted = f'; and {len(more)} more settings' if more else ''
+    return [f'altered: {shown}{counted}', *row.notes]
 
 
 def format_cells(rows: list[Row]) -> tuple[list[str], list[list[str]], list[str]]:
@@ -293,8 +281,7 @@ def format_cells(rows: list[Row]) -> tuple[list[str], list[list[str]], list[str]
     notes = list(dict.fromkeys(text for row in rows for text in _note_texts(row)))
     lines, before = [], None
     for row in rows:
-        several = any(_same_experiment(row, other) for other in rows)
-        label = f'{row.experiment} [{row.work_dir}]' if several else row.experiment
+        label = row.experiment + f' [{row.work_dir}]' * _is_repeated(row, rows)
         differences = [
             _number(row.differences.get(name), '+.1f') + '*' * (name in row.incomparable)
             for name in names
@@ -307,25 +294,23 @@ def format_cells(rows: list[Row]) -> tuple[list[str], list[list[str]], list[str]
             describe_state(row),
             ' '.join(str(notes.index(text) + 1) for text in _note_texts(row)),
         ]
-        first = row.work_dir != before
+        if row.work_dir == before:
+            label, common = '', [''] * len(common)
         before = row.work_dir
-        lines.append(
-            [
-                label if first else '',
-                row.metric or '-',
-                _at(row.best, row.best_step, row.unit),
-                _at(row.last, row.last_step, row.unit),
-                _number(row.published),
-                _number(row.gap, '+.1f') + '*' * (row.gap is not None and bool(row.altered)),
-                *differences,
-                *(common if first else [''] * len(common)),
-            ]
-        )
+        line = [
+            label,
+            row.metric or '-',
+            _at(row.best, row.best_step, row.unit),
+            _at(row.last, row.last_step, row.unit),
+            _number(row.published),
+            _number(row.gap, '+.1f') + '*' * (row.gap is not None and bool(row.altered)),
+        ]
+        lines.append([*line, *differences, *common])
     return header, lines, notes
 
 
-def _same_experiment(row: Row, other: Row) -> bool:
-    return row.experiment == other.experiment and row.work_dir != other.work_dir
+def _is_repeated(row: Row, rows: list[Row]) -> bool:
+    return any(r.experiment == row.experiment and r.work_dir != row.work_dir for r in rows)
 
 
 def explain(rows: list[Row], models: dict[str, Published]) -> list[str]:
@@ -371,8 +356,7 @@ def draw(rows: list[Row], runs: list[Run], path: Path) -> bool:
             steps = [row.total if e.step is None else e.step for e in evaluations]
             values = [e.metrics[metric] for e in evaluations]
             label = row.experiment + (' (altered)' if row.altered else '')
-            if any(_same_experiment(row, other) for other in rows):
-                label += f'\n{row.work_dir}'
+            label += f'\n{row.work_dir}' * _is_repeated(row, rows)
             # Runs of one experiment share its color.
             marker = MARKERS[drawn.count(row.experiment) % len(MARKERS)]
             axis.plot(steps, values, f'{marker}-', color=color, markersize=5, label=label)
@@ -413,19 +397,10 @@ def parse_args() -> argparse.Namespace:
         'work_dirs/mask-rcnn_scalablevit-s_fpn_1x_coco '
         'work_dirs/mask-rcnn_swin-t_fpn_1x_coco --out work_dirs/compared',
     )
-    parser.add_argument(
-        'work_dirs',
-        nargs='+',
-        type=Path,
-        metavar='WORK_DIR',
-        help='work directory of a training, or a folder of them, such as work_dirs',
-    )
-    parser.add_argument(
-        '--out',
-        type=Path,
-        metavar='DIR',
-        help='folder for runs.md, runs.json and the plot runs.png',
-    )
+    help_ = 'work directory of a training, or a folder of them, such as work_dirs'
+    parser.add_argument('work_dirs', nargs='+', type=Path, metavar='WORK_DIR', help=help_)
+    help_ = 'folder for runs.md, runs.json and the plot runs.png'
+    parser.add_argument('--out', type=Path, metavar='DIR', help=help_)
     return parser.parse_args()
 
 

@@ -37,18 +37,8 @@ from mmscalablevit import cli
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
 FLOPS_TOLERANCE = 0.01
-HEADER = [
-    'Task',
-    'Backbone',
-    'Schedule',
-    'Input',
-    'Params (M), published',
-    'computed',
-    'GFLOPs, published',
-    'published way',
-    'complete',
-    'Notes',
-]
+HEADER = ['Task', 'Backbone', 'Schedule', 'Input', 'Params (M), published', 'computed']
+HEADER += ['GFLOPs, published', 'published way', 'complete', 'Notes']
 # mmdet's counting at the time put 1000 proposals through the box head, 100 through the mask head.
 NUM_PROPOSALS, NUM_MASKS = 1000, 100
 
@@ -95,14 +85,10 @@ TASKS = {
     'UperNet': Task('mmseg', 'segmentation/{}_upernet_8xb2-160k_ade20k-512x512.py', (512, 2048)),
 }
 # By mmpretrain's classes, and the widths of their heads' inputs.
+LAST_STAGE = dict(out_indices=(3,), norm_after_stage=[False, False, False, True])
 CLASSIFIERS = {
     'Swin-T': (dict(type='SwinTransformer', arch='tiny'), 768),
-    'Twins-SVT-S': (
-        dict(
-            type='SVT', arch='small', out_indices=(3,), norm_after_stage=[False, False, False, True]
-        ),
-        512,
-    ),
+    'Twins-SVT-S': (dict(type='SVT', arch='small', **LAST_STAGE), 512),
 }
 PUBLISHED = (
     Published('ImageNet-1K', 'ScalableViT-S', ('300e',), '32.4', '4.2', ('merged',)),
@@ -221,11 +207,7 @@ def num_params(model: nn.Module) -> float:
 
 def norm_flops(factor: int) -> Callable:
     """FLOPs of a norm by the factor of mmengine's analysis, in the unit of PyTorch's counter."""
-
-    def flops(shape: torch.Size, *args, out_shape: tuple | None = None, **kwargs) -> int:
-        return 2 * factor * math.prod(shape)
-
-    return flops
+    return lambda shape, *_, **__: 2 * factor * math.prod(shape)
 
 
 def forward(model: nn.Module, images: Tensor) -> None:
@@ -244,8 +226,7 @@ def forward(model: nn.Module, images: Tensor) -> None:
 
 def count_all() -> tuple[list[dict], dict[str, str]]:
     """Count every published model; the rows, and the footnotes by their keys."""
-    rows = []
-    small, twins = [], []
+    rows, small, twins = [], [], []
     for published in track(PUBLISHED, 'Counting', console=Console(stderr=True)):
         task = TASKS[published.task]
         counts = count(task, model_config(task, published.model))
@@ -322,9 +303,8 @@ def main() -> None:
         try:
             importlib.import_module(f'{toolbox}.models')
         except (ImportError, AssertionError) as error:
-            raise cli.UserError(
-                f'the table needs {toolbox}, which cannot be imported ({error})'
-            ) from error
+            fault = f'which cannot be imported ({error})'
+            raise cli.UserError(f'the table needs {toolbox}, {fault}') from error
     # What the toolboxes say while they build would get between the lines.
     MMLogger.get_current_instance().setLevel('ERROR')
     warnings.simplefilter('ignore')

@@ -35,26 +35,22 @@ def metric_curve(run: work_dirs.Run, metric: str) -> tuple[list[float], list[flo
     found = {e.step: e.metrics[metric] for e in run.evaluations(metric)}
     length = 1 if run.unit == 'iteration' else run.epoch_length
     if length is None and found:
-        raise UserError(
-            f'{run.work_dir} does not tell how many iterations an epoch has: its '
-            'YYYYMMDD_HHMMSS/*.log is missing'
-        )
+        cause = 'its YYYYMMDD_HHMMSS/*.log is missing'
+        raise UserError(f'{run.work_dir} does not tell how many iterations an epoch has: {cause}')
     return [step * length for step in found], list(found.values())
 
 
 def draw(runs: list[work_dirs.Run], path: Path) -> None:
     """Draw a panel for the loss, the learning rate and every metric that a run has."""
     panels = {'training loss': 'loss', 'learning rate': 'lr'}
-    curves = {title: [train_curve(run, key) for run in runs] for title, key in panels.items()} | {
-        metric: [metric_curve(run, metric) for run in runs] for metric in work_dirs.METRICS
-    }
+    curves = {title: [train_curve(run, key) for run in runs] for title, key in panels.items()}
+    curves |= {m: [metric_curve(run, m) for run in runs] for m in work_dirs.METRICS}
     curves = {title: lines for title, lines in curves.items() if any(steps for steps, _ in lines)}
 
     columns = min(2, len(curves))
     rows = -(-len(curves) // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(6.5 * columns, 4 * rows), squeeze=False, layout='constrained'
-    )
+    size = 6.5 * columns, 4 * rows
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout='constrained')
     colors = plt.get_cmap('tab10' if len(runs) <= 10 else 'tab20').colors
     names = labels(runs)
     last = max(max(run.train) for run in runs)
@@ -86,16 +82,10 @@ def parse_args() -> argparse.Namespace:
         'work_dirs/mask-rcnn_scalablevit-s_fpn_1x_coco work_dirs/mask-rcnn_swin-t_fpn_1x_coco '
         '--out curves.png',
     )
-    parser.add_argument(
-        'runs',
-        nargs='+',
-        type=Path,
-        metavar='RUN',
-        help='work directory of a training, or a folder of them, such as work_dirs',
-    )
-    parser.add_argument(
-        '--out', type=Path, required=True, metavar='FILE', help='picture: ' + ', '.join(FORMATS)
-    )
+    help_ = 'work directory of a training, or a folder of them, such as work_dirs'
+    parser.add_argument('runs', nargs='+', type=Path, metavar='RUN', help=help_)
+    help_ = f'picture: {", ".join(FORMATS)}'
+    parser.add_argument('--out', type=Path, required=True, metavar='FILE', help=help_)
     return parser.parse_args()
 
 
@@ -105,10 +95,8 @@ def main() -> None:
     if args.out.suffix.lower() not in FORMATS:
         raise UserError(f'--out must end in one of {", ".join(FORMATS)}, got {args.out}')
     folders = work_dirs.find_work_dirs(args.runs)
-    runs = [
-        work_dirs.read_run(folder)
-        for folder in track(folders, 'Reading logs', console=Console(stderr=True))
-    ]
+    shown = track(folders, 'Reading logs', console=Console(stderr=True))
+    runs = [work_dirs.read_run(folder) for folder in shown]
     empty = [str(run.work_dir) for run in runs if not run.train]
     if empty:
         raise UserError(f'no training was logged in {", ".join(empty)}')

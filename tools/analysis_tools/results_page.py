@@ -30,20 +30,17 @@ LOGS = ROOT / 'docs' / 'results'
 PAGE = ROOT / 'docs' / 'results.md'
 CURVES = ROOT / 'docs' / 'images' / 'results_curves.png'
 BEGIN, END = '<!-- Tables by results_page.py, do not edit -->\n', '<!-- End of the tables -->\n'
-# End of the names of a harness's configs: its title, and its metrics by name in the logs. Those of
-# COCO are fractions there.
+# End of the names of a harness's configs: its title.
 TASKS = {
-    'bccd-320x240': ('RetinaNet on BCCD', ['coco/bbox_mAP', 'coco/bbox_mAP_50']),
-    'nuclei-256x256': ('Mask R-CNN on nuclei', ['coco/segm_mAP', 'coco/segm_mAP_50']),
-    'camvid-320x240': ('UperNet on CamVid', ['mIoU', 'aAcc']),
+    'bccd-320x240': 'RetinaNet on BCCD',
+    'nuclei-256x256': 'Mask R-CNN on nuclei',
+    'camvid-320x240': 'UperNet on CamVid',
 }
+# Metrics by name in the logs. Those of COCO are fractions there.
 METRICS = {
-    'coco/bbox_mAP': 'box AP',
-    'coco/bbox_mAP_50': 'box AP50',
-    'coco/segm_mAP': 'mask AP',
-    'coco/segm_mAP_50': 'mask AP50',
-    'mIoU': 'mIoU',
-    'aAcc': 'pixel accuracy',
+    'bccd-320x240': {'coco/bbox_mAP': 'box AP', 'coco/bbox_mAP_50': 'box AP50'},
+    'nuclei-256x256': {'coco/segm_mAP': 'mask AP', 'coco/segm_mAP_50': 'mask AP50'},
+    'camvid-320x240': {'mIoU': 'mIoU', 'aAcc': 'pixel accuracy'},
 }
 BACKBONES = {
     'scalablevit-demo': 'ScalableViT, small',
@@ -73,7 +70,7 @@ def count_backbone(cfg) -> tuple[float, float, float]:
 def compact_log(work_dir: Path) -> dict:
     """What the page says of a training, and its curve."""
     run = work_dirs.read_run(work_dir)
-    task = next((task for task in TASKS if run.name.endswith(task)), None)
+    task = task_of(run.name)
     if task is None or run.state != 'finished':
         raise UserError(f'{work_dir} is no finished training of configs/small_data: {run.state}')
     last = run.validations[run.total].logged
@@ -83,8 +80,8 @@ def compact_log(work_dir: Path) -> dict:
         config=run.name,
         seed=run.config.randomness.seed,
         metrics={
-            METRICS[key]: round(last[key] * (100 if key.startswith('coco') else 1), 2)
-            for key in TASKS[task][1]
+            name: round(last[key] * (100 if key.startswith('coco') else 1), 2)
+            for key, name in METRICS[task].items()
         },
         iterations=run.total,
         batch_size=run.batch_size,
@@ -111,16 +108,16 @@ def read_logs() -> list[dict]:
     return sorted(logs, key=lambda log: (log['config'], log['seed']))
 
 
-def task_of(log: dict) -> str:
-    """The data set of a compact log."""
-    return next(task for task in TASKS if log['config'].endswith(task))
+def task_of(config: str) -> str | None:
+    """The data set of a config; None if it is not of configs/small_data."""
+    return next((task for task in TASKS if config.endswith(task)), None)
 
 
 def noise(task: str, metric: str, logs: list[dict]) -> float | None:
     """The widest range of a metric over the seeds of one config, or None if each has one seed."""
     values = {}
     for log in logs:
-        if task_of(log) == task:
+        if task_of(log['config']) == task:
             values.setdefault(log['config'], []).append(log['metrics'][metric])
     return max((max(v) - min(v) for v in values.values() if len(v) > 1), default=None)
 
@@ -137,7 +134,7 @@ def compare(found: list[dict], logs: list[dict]) -> str:
                 why = 'no such row' if page is None else f'{page["iterations"]} iterations there'
                 rows.append([*row, '-', '-', why])
                 continue
-            width = noise(task_of(log), metric, logs)
+            width = noise(task_of(log['config']), metric, logs)
             difference = value - page['metrics'][metric]
             verdict = 'unknown noise' if width is None else f'noise {width:.1f}'
             if width is not None:
@@ -154,8 +151,7 @@ def find(backbone: str, task: str) -> str:
 
 def table(task: str, logs: list[dict]) -> str:
     """The section of a data set."""
-    title, keys = TASKS[task]
-    metrics = [METRICS[key] for key in keys]
+    metrics = list(METRICS[task].values())
     rows = []
     for backbone, name in BACKBONES.items():
         config = find(backbone, task)
@@ -166,20 +162,19 @@ def table(task: str, logs: list[dict]) -> str:
             continue
         first = runs[0]
         memories = [run['memory_gb'] for run in runs if run['memory_gb']]
-        rows.append(
-            [
-                link,
-                *(', '.join(f'{run["metrics"][metric]:.1f}' for run in runs) for metric in metrics),
-                ', '.join(str(run['iterations']) for run in runs),
-                f'{first["params_m"]:.2f}, backbone {first["backbone_params_m"]:.2f}',
-                f'{first["backbone_gflops"]:.2f}',
-                f'{statistics.median(run["seconds_per_iteration"] for run in runs):.2f}',
-                f'{statistics.median(run["minutes"] for run in runs):.0f}',
-                f'{max(memories):.1f}' if memories else '-',
-                ' '.join(f'[seed {run["seed"]}](results/{log_name(run)})' for run in runs),
-            ]
-        )
-    text = f'### {title}\n\n' + cli.markdown_table(['Backbone', *metrics, *HEADER], rows)
+        row = [
+            link,
+            *(', '.join(f'{run["metrics"][metric]:.1f}' for run in runs) for metric in metrics),
+            ', '.join(str(run['iterations']) for run in runs),
+            f'{first["params_m"]:.2f}, backbone {first["backbone_params_m"]:.2f}',
+            f'{first["backbone_gflops"]:.2f}',
+            f'{statistics.median(run["seconds_per_iteration"] for run in runs):.2f}',
+            f'{statistics.median(run["minutes"] for run in runs):.0f}',
+            f'{max(memories):.1f}' if memories else '-',
+            ' '.join(f'[seed {run["seed"]}](results/{log_name(run)})' for run in runs),
+        ]
+        rows.append(row)
+    text = f'### {TASKS[task]}\n\n' + cli.markdown_table(['Backbone', *metrics, *HEADER], rows)
     widths = {metric: noise(task, metric, logs) for metric in metrics}
     if None in widths.values():
         return text
@@ -190,7 +185,7 @@ def table(task: str, logs: list[dict]) -> str:
 def draw(logs: list[dict]) -> None:
     """Draw the loss over the iterations, a panel for each data set."""
     figure, axes = plt.subplots(1, len(TASKS), figsize=(12, 3.2), constrained_layout=True)
-    for axis, (task, (title, _)) in zip(axes, TASKS.items(), strict=True):
+    for axis, (task, title) in zip(axes, TASKS.items(), strict=True):
         for number, (backbone, name) in enumerate(BACKBONES.items()):
             for log in logs:
                 if log['config'] == find(backbone, task):
@@ -219,9 +214,8 @@ def parse_args() -> argparse.Namespace:
         epilog='example: python tools/analysis_tools/results_page.py work_dirs/*_bccd-320x240',
     )
     parser.add_argument('work_dirs', nargs='*', type=Path, help='of finished trainings')
-    parser.add_argument(
-        '--compare', action='store_true', help='only print how they differ from the page'
-    )
+    help_ = 'only print how they differ from the page'
+    parser.add_argument('--compare', action='store_true', help=help_)
     return parser.parse_args()
 
 

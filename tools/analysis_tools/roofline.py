@@ -24,7 +24,7 @@ from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 from torch.utils.module_tracker import ModuleTracker
 
@@ -62,9 +62,7 @@ class Autocast(TorchFunctionMode):
             raise cli.UserError('a model with nn.MultiheadAttention cannot be traced')
         if func in PRODUCTS or func in FLOAT32:
             dtype = torch.bfloat16 if func in PRODUCTS else torch.float32
-            args, kwargs = tree_map(
-                lambda x: x.to(dtype) if isinstance(x, Tensor) else x, (args, kwargs)
-            )
+            args, kwargs = tree_map_only(Tensor, lambda x: x.to(dtype), (args, kwargs))
         if func is F.scaled_dot_product_attention:
             dropout, scale = kwargs['dropout_p'], kwargs['scale']
             return aten._scaled_dot_product_flash_attention(*args, dropout, scale=scale)[0]
@@ -214,9 +212,8 @@ def report(args: argparse.Namespace, case: benchmark.Case) -> Iterator[str]:
     title, rates = args.gpus[0]
     for name, calls in traces.items():
         for key in ('operator', 'module'):
-            took = None
-            if args.measure and key == 'operator':
-                took = measure(name, case, args.measure)
+            timed = args.measure and key == 'operator'
+            took = measure(name, case, args.measure) if timed else None
             header = [key.title(), 'Kernels', 'GB', 'GFLOP', f'Bound on {title}, ms']
             header += ['Measured, ms', 'Beyond bound, ms'] if took else ['Beyond products, ms']
             yield f'{name}:\n\n{table(header, groups(calls, key, rates, took)[: args.top])}'
@@ -233,13 +230,11 @@ def parse_args() -> argparse.Namespace:
     default = ['small', 'base', 'large', 'swin-t']
     parser.add_argument('--models', nargs='+', default=default, help=benchmark.MODELS_HELP)
     help_ = 'forward pass, or training step; default: train'
-    parser.add_argument(
-        '--modes', nargs='+', choices=['inference', 'train'], default=['train'], help=help_
-    )
+    modes = ['inference', 'train']
+    parser.add_argument('--modes', nargs='+', choices=modes, default=modes[1:], help=help_)
     help_ = 'batch, height and width as BxHxW; default: 2x800x1344'
-    parser.add_argument(
-        '--sizes', nargs='+', type=benchmark.size, default=[(2, 800, 1344)], help=help_
-    )
+    sizes = [(2, 800, 1344)]
+    parser.add_argument('--sizes', nargs='+', type=benchmark.size, default=sizes, help=help_)
     help_ = f'{", ".join(GPUS)} or NAME:TB/s:TFLOP/s; the tables of operators are for the first one'
     parser.add_argument('--gpus', nargs='+', type=gpu, default=list(GPUS.items()), help=help_)
     parser.add_argument('--top', type=int, default=10, help='rows of each table; default: 10')

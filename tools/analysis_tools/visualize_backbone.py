@@ -2,6 +2,7 @@
 """Pictures of what a ScalableViT backbone computes for an image, beside Swin-T if wanted."""
 
 import argparse
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,6 @@ import numpy as np
 import torch
 from mmengine.registry import MODELS
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from mmscalablevit import ScalableViT, cli
 from mmscalablevit.checkpoint.reading import check_values, find_weights, read_checkpoint
@@ -57,19 +57,16 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--out-dir', required=True, help='folder for the pictures')
     parser.add_argument('--point', metavar='X,Y', help='query, in pixels; default: center')
     parser.add_argument('--compare', choices=['swin-t'], help="draw mmdet's Swin-T beside it")
-    parser.add_argument(
-        '--compare-checkpoint',
-        help='checkpoint of an mmdet detector with Swin-T; default: random weights',
-    )
+    help_ = 'checkpoint of an mmdet detector with Swin-T; default: random weights'
+    parser.add_argument('--compare-checkpoint', help=help_)
     for name, default, meaning in (
         ('--max-size', 1333, 'longer side is reduced to this many pixels'),
         ('--erf-images', 4, 'random images of the receptive fields'),
         ('--erf-size', 448, 'side of these images in pixels'),
         ('--dpi', 100, 'dots per inch'),
     ):
-        parser.add_argument(
-            name, type=positive, default=default, help=f'{meaning}; default: {default}'
-        )
+        help_ = f'{meaning}; default: {default}'
+        parser.add_argument(name, type=positive, default=default, help=help_)
     cli.add_config_options(parser)
     return parser.parse_args()
 
@@ -98,10 +95,8 @@ def main() -> None:
     write('attention.png', f'{name}: where the last SSA of each stage looks from the cross', rows)
     rows = window_rows(backbone, maps, image)
     write('windows.png', f'{name}: windows of IWSA and share of LIM, last IWSA of each stage', rows)
-    rows = [
-        field_row(key, receptive_fields(model, args.erf_images, args.erf_size))
-        for key, model in models.items()
-    ]
+    erf = args.erf_images, args.erf_size
+    rows = [field_row(key, receptive_fields(model, *erf)) for key, model in models.items()]
     title = f'Effective receptive fields, {args.erf_images} random images (brightness: fourth root)'
     write('receptive_fields.png', title, rows)
 
@@ -122,8 +117,7 @@ def read_image(path: str, max_size: int) -> np.ndarray:
     """Read an image as RGB (H, W, 3), reduced to ``max_size`` pixels at its longer side."""
     if not Path(path).is_file():
         raise cli.UserError(f'image {path} does not exist')
-    image = cv2.imread(path)
-    if image is None:
+    if (image := cv2.imread(path)) is None:
         raise cli.UserError(f'image {path} cannot be read')
     factor = max_size / max(image.shape[:2])
     if factor < 1:
@@ -138,7 +132,7 @@ def parse_point(args: argparse.Namespace) -> tuple[float, float]:
         return 0.5, 0.5
     height, width = cv2.imread(args.image).shape[:2]
     try:
-        x, y = (int(part) for part in args.point.split(','))
+        x, y = map(int, args.point.split(','))
     except ValueError as error:
         raise cli.UserError(f'--point must be X,Y in pixels, got {args.point}') from error
     if not (0 <= x < width and 0 <= y < height):
@@ -184,16 +178,15 @@ def build_swin(checkpoint: str | None) -> nn.Module:
     if checkpoint is None:
         model.init_weights()
         return model
-    prefix = 'backbone.'
     weights = find_weights(read_checkpoint(checkpoint, 'cpu'), checkpoint)
+    prefix = 'backbone.'
     weights = {k[len(prefix) :]: v for k, v in weights.items() if k.startswith(prefix)}
     check_values(weights, checkpoint, model.state_dict())
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise CheckpointError(
-            f"checkpoint {checkpoint} has no {prefix}* weights of mmdet's Swin-T: {error}"
-        ) from error
+        missing = f"{prefix}* weights of mmdet's Swin-T"
+        raise CheckpointError(f'checkpoint {checkpoint} has no {missing}: {error}') from error
     return model
 
 
@@ -201,18 +194,13 @@ def build_swin(checkpoint: str | None) -> nn.Module:
 def record(model: nn.Module, layers: dict[str, nn.Module], images: Tensor) -> tuple[object, Maps]:
     """Run a model; return its outputs, and input and output of some of its layers by name."""
     kept = {}
-
-    def keep(name: str) -> RemovableHandle:
-        return layers[name].register_forward_hook(
-            lambda layer, inputs, out: kept.update({name: (inputs[0], out)})
-        )
-
-    handles = [keep(name) for name in layers]
-    try:
+    with ExitStack() as hooks:
+        for name, layer in layers.items():
+            hook = layer.register_forward_hook(
+                lambda _, inputs, out, name=name: kept.update({name: (inputs[0], out)})
+            )
+            hooks.callback(hook.remove)
         return model(images), kept
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def last_attentions(backbone: ScalableViT) -> dict[str, nn.Module]:
@@ -279,12 +267,8 @@ def feature_rows(name: str, model: nn.Module, images: Tensor) -> list[list[Panel
         colors.append(Panel(title, principal_components(x[0])))
         before = kept[str(i)][0] if str(i) in kept else x.permute(0, 2, 3, 1)
         norm = before.norm(dim=-1).view(height, width).numpy()
-        norms.append(
-            Panel(
-                f'norm {norm.min():.2g} to {norm.max():.2g}',
-                heat((norm - norm.min()) / max(np.ptp(norm), 1e-12)),
-            )
-        )
+        title = f'norm {norm.min():.2g} to {norm.max():.2g}'
+        norms.append(Panel(title, heat((norm - norm.min()) / max(np.ptp(norm), 1e-12))))
     return [colors, norms]
 
 
@@ -367,14 +351,12 @@ def window_parts(maps: Maps, name: str) -> tuple[Tensor, Tensor]:
 
 def field_row(name: str, fields: list[np.ndarray]) -> list[Panel]:
     """Receptive fields as pictures, with the squares that hold half and 90% of them."""
-    return [
-        Panel(
-            f'{name}\nstage {i + 1}: half in {side_holding(field, 0.5)} px, '
-            f'90% in {side_holding(field, 0.9)} px',
-            heat((field / max(field.max(), 1e-30)) ** 0.25),
-        )
-        for i, field in enumerate(fields)
-    ]
+    row = []
+    for i, field in enumerate(fields, start=1):
+        half, most = (side_holding(field, share) for share in (0.5, 0.9))
+        title = f'{name}\nstage {i}: half in {half} px, 90% in {most} px'
+        row.append(Panel(title, heat((field / max(field.max(), 1e-30)) ** 0.25)))
+    return row
 
 
 def save_grid(path: Path, title: str, rows: list[list[Panel]], dpi: int) -> None:
@@ -391,9 +373,8 @@ def save_grid(path: Path, title: str, rows: list[list[Panel]], dpi: int) -> None
         axis.axis('off')
         if panel.point:
             axis.plot(*panel.point, '+', color='red', markersize=12, markeredgewidth=2)
-        if panel.step:
-            axis.vlines(np.arange(panel.step[0], 1, panel.step[0]), 0, 1, 'gold', linewidth=0.5)
-            axis.hlines(np.arange(panel.step[1], 1, panel.step[1]), 0, 1, 'gold', linewidth=0.5)
+        for lines, step in zip((axis.vlines, axis.hlines), panel.step or (), strict=False):
+            lines(np.arange(step, 1, step), 0, 1, 'gold', linewidth=0.5)
     figure.suptitle(title, fontsize=11)
     figure.tight_layout()
     figure.savefig(path, dpi=dpi)

@@ -86,9 +86,8 @@ def read_file(path: Path, findings: Findings) -> tuple[dict[int, str], list[dict
             if entry['image_id'] in images:
                 images[entry['image_id']]['objects'].append(entry)
             else:
-                findings.error(
-                    'annotation belongs to no image', f'{path} annotation {entry.get("id")}'
-                )
+                place = f'{path} annotation {entry.get("id")}'
+                findings.error('annotation belongs to no image', place)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f'{path} is no COCO file of annotated images ({error!r})') from error
     return dict(sorted(names.items())), list(images.values())
@@ -96,12 +95,11 @@ def read_file(path: Path, findings: Findings) -> tuple[dict[int, str], list[dict
 
 def parse_args() -> argparse.Namespace:
     """Parse the command line."""
-    parser = writer.make_parser(
+    return writer.make_parser(
         'Convert COCO annotations of any folders and ids to the layout of our configs.',
         'data/my_coco data/mine --val valid',
         'folder of the json files and the images',
-    )
-    return parser.parse_args()
+    ).parse_args()
 
 
 def main() -> None:
@@ -123,7 +121,6 @@ def main() -> None:
             file = found[0].as_posix()
             read = partial(read_objects, path, image, names)
             sources[split].append(writer.Source(args.data / file, file, read))
-    sources = writer.split_at_random(args, sources['']) if '' in sources else sources
     writer.convert(args, sources, list(classes), findings)
 
 

@@ -16,6 +16,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,21 +63,14 @@ def make_parser(description: str, example: str, data: str) -> argparse.ArgumentP
     parser.add_argument('data', type=Path, metavar='DATA', help=data)
     parser.add_argument('out', type=Path, metavar='OUT', help='folder to write')
     for split in SPLITS:
-        parser.add_argument(
-            f'--{split}', default=split, metavar='NAME', help=f'split of DATA that becomes {split}'
-        )
-    parser.add_argument(
-        '--val-share',
-        type=float,
-        default=0.2,
-        help='share of the images for validation where DATA has no splits; default: 0.2',
-    )
-    parser.add_argument(
-        '--classes', metavar='A,B,...', help='classes in their order; default: as in DATA'
-    )
-    parser.add_argument(
-        '--leave-out', action='store_true', help='leave out faulty images and objects'
-    )
+        help_ = f'split of DATA that becomes {split}'
+        parser.add_argument(f'--{split}', default=split, metavar='NAME', help=help_)
+    help_ = 'share of the images for validation where DATA has no splits; default: 0.2'
+    parser.add_argument('--val-share', type=float, default=0.2, help=help_)
+    help_ = 'classes in their order; default: as in DATA'
+    parser.add_argument('--classes', metavar='A,B,...', help=help_)
+    help_ = 'leave out faulty images and objects'
+    parser.add_argument('--leave-out', action='store_true', help=help_)
     parser.add_argument('--copy', action='store_true', help='copy images instead of linking')
     return parser
 
@@ -147,6 +141,9 @@ def convert(
     findings: Findings | None = None,
 ) -> None:
     """Read every source, and write the data set if nothing is at fault or faults are left out."""
+    # Of data without splits of its own.
+    if '' in splits:
+        splits = split_at_random(args, splits[''])
     check_out(args, *(args.out / 'annotations' / f'{split}.json' for split in splits))
     findings = findings or Findings()
     read = {
@@ -189,26 +186,22 @@ def check_out(args: argparse.Namespace, *written: Path) -> None:
 
 def refuse_faults(args: argparse.Namespace, findings: Findings) -> None:
     """Print what was found."""
+    word = 'left out: ' if args.leave_out else 'error: '
     for line in findings.lines():
-        if args.leave_out:
-            line = line.replace('error: ', 'left out: ', 1)
-        print(line, file=sys.stderr)
+        print(line.replace('error: ', word, 1), file=sys.stderr)
     if findings.errors and not args.leave_out:
-        raise UserError(
-            'nothing was written; fix these faults, or leave out the faulty parts with --leave-out'
-        )
+        remedy = 'fix these faults, or leave out the faulty parts with --leave-out'
+        raise UserError(f'nothing was written; {remedy}')
 
 
 def place_image(source: Path, target: Path, copy: bool) -> None:
     """Link or copy an image to its place."""
     target.parent.mkdir(parents=True, exist_ok=True)
     target.unlink(missing_ok=True)
-    if not copy:
-        try:
+    # Another disk, or one without links.
+    with suppress(OSError):
+        if not copy:
             return os.link(source.resolve(), target)
-        # Another disk, or one without links.
-        except OSError:
-            pass
     shutil.copyfile(source, target)
 
 
@@ -248,17 +241,16 @@ def _to_coco(samples: list, classes: list[str], findings: Findings) -> dict:
                 if not area:
                     findings.error('mask has no area in the image', f'{obj.place} {obj.name}')
                     continue
-            annotations.append(
-                dict(
-                    id=len(annotations) + 1,
-                    image_id=image_id,
-                    category_id=classes.index(obj.name) + 1,
-                    bbox=[box[0], box[1], box[2] - box[0], box[3] - box[1]],
-                    area=area,
-                    iscrowd=int(obj.crowd),
-                    segmentation=obj.mask or [],
-                )
+            annotation = dict(
+                id=len(annotations) + 1,
+                image_id=image_id,
+                category_id=classes.index(obj.name) + 1,
+                bbox=[box[0], box[1], box[2] - box[0], box[3] - box[1]],
+                area=area,
+                iscrowd=int(obj.crowd),
+                segmentation=obj.mask or [],
             )
+            annotations.append(annotation)
     categories = [dict(id=i, name=name) for i, name in enumerate(classes, start=1)]
     return dict(images=images, annotations=annotations, categories=categories)
 

@@ -56,6 +56,7 @@ FOLDERS = dict(coco='data/coco', ade20k='data/ade') | {
     name: f'data/raw/{name}' for name in small_data.SOURCES
 }
 CHECK = Path(__file__).parents[1] / 'check_data.py'
+AGAIN = 'it was removed, and the same command downloads it again'
 BLOCK = 2**20
 TRIES = 5
 TIMEOUT = 60
@@ -79,9 +80,8 @@ def download(address: str, path: Path, size: int) -> None:
             raise UserError(f'{address} cannot be downloaded: {error}') from error
         except (http.client.HTTPException, urllib.error.URLError, OSError) as error:
             if not left or isinstance(error, FileNotFoundError | PermissionError):
-                raise UserError(
-                    f'{address} cannot be downloaded: {error}; the same command continues it'
-                ) from error
+                remedy = 'the same command continues it'
+                raise UserError(f'{address} cannot be downloaded: {error}; {remedy}') from error
             time.sleep(WAIT)
     found = part.stat().st_size
     if expected and found != expected:
@@ -106,9 +106,8 @@ def _fetch(address: str, part: Path, size: int) -> int:
         # The archive and about as much unpacked.
         free, needed = shutil.disk_usage(part.parent).free, 2 * total - start
         if free < needed:
-            raise UserError(
-                f'{part.parent} has {free / 1e9:.1f} GB free; {part.stem} needs {needed / 1e9:.1f}'
-            )
+            lack = f'{free / 1e9:.1f} GB free; {part.stem} needs {needed / 1e9:.1f}'
+            raise UserError(f'{part.parent} has {lack}')
         with part.open('ab' if start else 'wb') as file, progress() as bar:
             task = bar.add_task(part.stem, total=total, completed=start)
             while block := answer.read(BLOCK):
@@ -122,17 +121,13 @@ def _fetch(address: str, part: Path, size: int) -> int:
 def verify(path: Path, digest: str) -> None:
     """Compare an archive with the published checksum."""
     found = hashlib.new('sha256' if len(digest) == 64 else 'sha1')
-    with path.open('rb') as file, progress() as bar:
-        task = bar.add_task(f'checksum of {path.name}', total=path.stat().st_size)
+    with progress() as bar, bar.open(path, 'rb', description=f'checksum of {path.name}') as file:
         while block := file.read(BLOCK):
             found.update(block)
-            bar.advance(task, len(block))
     if found.hexdigest() != digest:
         path.unlink()
-        raise UserError(
-            f'{path} is damaged: its checksum is {found.hexdigest()} and not the published '
-            f'{digest}; it was removed, and the same command downloads it again'
-        )
+        fault = f'its checksum is {found.hexdigest()} and not the published {digest}'
+        raise UserError(f'{path} is damaged: {fault}; {AGAIN}')
 
 
 def unpack(path: Path, folder: Path) -> None:
@@ -148,9 +143,7 @@ def unpack(path: Path, folder: Path) -> None:
                 bar.advance(task, member.file_size)
     except zipfile.BadZipFile as error:
         path.unlink()
-        raise UserError(
-            f'{path} is damaged ({error}); it was removed, and the same command downloads it again'
-        ) from error
+        raise UserError(f'{path} is damaged ({error}); {AGAIN}') from error
 
 
 def parse_args() -> argparse.Namespace:
@@ -161,9 +154,8 @@ def parse_args() -> argparse.Namespace:
         epilog='example: python tools/dataset_converters/download_data.py coco --dir data/coco',
     )
     parser.add_argument('name', choices=ARCHIVES, help='the data set')
-    parser.add_argument(
-        '--dir', type=Path, help='folder; default: data/coco, data/ade or data/raw/NAME'
-    )
+    help_ = 'folder; default: data/coco, data/ade or data/raw/NAME'
+    parser.add_argument('--dir', type=Path, help=help_)
     parser.add_argument('--keep', action='store_true', help='keep the archives once unpacked')
     return parser.parse_args()
 

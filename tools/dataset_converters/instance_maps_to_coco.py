@@ -9,15 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from coco_writer import (
-    Object,
-    Source,
-    convert,
-    list_images,
-    make_parser,
-    split_at_random,
-    split_folders,
-)
+from coco_writer import Object, Source, convert, list_images, make_parser, split_folders
 from PIL import Image
 from pycocotools import mask as coco_mask
 
@@ -58,7 +50,7 @@ def read_objects(
 def find_sources(args: argparse.Namespace, name: str) -> dict[str, list[Source]]:
     """The images of each split."""
     maps = split_folders(args, args.maps)
-    sources = {
+    return {
         split: [
             Source(
                 folder / image,
@@ -69,7 +61,6 @@ def find_sources(args: argparse.Namespace, name: str) -> dict[str, list[Source]]
         ]
         for split, folder in split_folders(args, args.images).items()
     }
-    return split_at_random(args, sources['']) if '' in sources else sources
 
 
 def parse_args() -> argparse.Namespace:
@@ -79,16 +70,10 @@ def parse_args() -> argparse.Namespace:
         'data/nuclei data/cells --classes nucleus',
         'folder of the images and the maps',
     )
-    parser.add_argument(
-        '--images',
-        default='images/{split}',
-        help='folder of the images in DATA; default: %(default)s',
-    )
-    parser.add_argument(
-        '--maps',
-        default='instances/{split}',
-        help='folder of the maps, of the same names, in DATA; default: %(default)s',
-    )
+    help_ = 'folder of the images in DATA; default: %(default)s'
+    parser.add_argument('--images', default='images/{split}', help=help_)
+    help_ = 'folder of the maps, of the same names, in DATA; default: %(default)s'
+    parser.add_argument('--maps', default='instances/{split}', help=help_)
     return parser.parse_args()
 
 

@@ -11,15 +11,7 @@ import math
 from functools import partial
 from pathlib import Path
 
-from coco_writer import (
-    Object,
-    Source,
-    convert,
-    make_parser,
-    polygon_box,
-    same_size,
-    split_at_random,
-)
+from coco_writer import Object, Source, convert, make_parser, polygon_box, same_size
 
 from mmscalablevit import cli
 from mmscalablevit.checks.findings import Findings
@@ -54,9 +46,8 @@ def read_objects(path: Path, size: tuple[int, int], findings: Findings) -> list[
         kind, label = shape.get('shape_type') or 'polygon', str(shape['label'])
         polygon = to_polygon(kind, shape['points'])
         if polygon is None:
-            findings.error(
-                f'{kind} of {len(shape["points"])} points has no area', f'{path} shape {i} {label}'
-            )
+            fault = f'{kind} of {len(shape["points"])} points has no area'
+            findings.error(fault, f'{path} shape {i} {label}')
             continue
         group = shape.get('group_id')
         groups.setdefault((label, i if group is None else f'group {group}'), []).append(polygon)
@@ -71,8 +62,7 @@ def find_sources(args: argparse.Namespace, findings: Findings) -> dict[str, list
     folders = {split: args.data / getattr(args, split) for split in ('train', 'val')}
     if not any(folder.is_dir() for folder in folders.values()):
         folders = {'': args.data}
-    sources = {split: _of_folder(folder, findings) for split, folder in folders.items()}
-    return split_at_random(args, sources['']) if '' in sources else sources
+    return {split: _of_folder(folder, findings) for split, folder in folders.items()}
 
 
 def _of_folder(folder: Path, findings: Findings) -> list[Source]:
@@ -85,9 +75,8 @@ def _of_folder(folder: Path, findings: Findings) -> list[Source]:
         except (AttributeError, KeyError, TypeError, ValueError):
             sound = False
         if not sound:
-            findings.error(
-                "json is not labelme's, with imagePath and shapes of label and points", path
-            )
+            wanted = 'with imagePath and shapes of label and points'
+            findings.error(f"json is not labelme's, {wanted}", path)
             continue
         # An image that was moved since lies beside its json.
         image = image if image.is_file() else path.parent / image.name
@@ -100,18 +89,16 @@ def _of_folder(folder: Path, findings: Findings) -> list[Source]:
 
 def parse_args() -> argparse.Namespace:
     """Parse the command line."""
-    parser = make_parser(
+    return make_parser(
         'Convert the json files of labelme to the layout of COCO.',
         'data/my_labelme data/mine',
         'folder of the json files and images',
-    )
-    return parser.parse_args()
+    ).parse_args()
 
 
 def main() -> None:
     """Convert."""
-    args = parse_args()
-    findings = Findings()
+    args, findings = parse_args(), Findings()
     convert(args, find_sources(args, findings), findings=findings)
 
 

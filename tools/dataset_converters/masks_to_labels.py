@@ -8,18 +8,8 @@ import argparse
 import shutil
 from pathlib import Path
 
+import coco_writer as writer
 import numpy as np
-from coco_writer import (
-    check_out,
-    image_size,
-    list_images,
-    make_parser,
-    place_image,
-    progress,
-    refuse_faults,
-    split_at_random,
-    split_folders,
-)
 from PIL import Image
 
 from mmscalablevit import cli
@@ -85,9 +75,8 @@ def convert_mask(path: Path, args: argparse.Namespace, findings: Findings) -> np
     values, inverse = np.unique(mask, return_inverse=True)
     labels = np.array([args.table.get(int(value), UNKNOWN) for value in values])
     for value in values[labels == UNKNOWN]:
-        shown = (
-            f'color {value >> 16} {value >> 8 & 255} {value & 255}' if colored else f'value {value}'
-        )
+        color = f'color {value >> 16} {value >> 8 & 255} {value & 255}'
+        shown = color if colored else f'value {value}'
         findings.error(f'{shown} is neither a class nor ignored', path)
     labels[labels == UNKNOWN] = IGNORED
     return labels[inverse].reshape(mask.shape).astype(np.uint8)
@@ -95,15 +84,15 @@ def convert_mask(path: Path, args: argparse.Namespace, findings: Findings) -> np
 
 def find_pairs(args: argparse.Namespace) -> dict[str, list[tuple[Path, Path, Path]]]:
     """Image, mask and the name of both, without suffix, by split."""
-    masks = split_folders(args, args.masks)
+    masks = writer.split_folders(args, args.masks)
     pairs = {
         split: [
             (folder / x, masks[split] / x.with_name(x.stem + args.mask_suffix), x.with_suffix(''))
-            for x in list_images(folder)
+            for x in writer.list_images(folder)
         ]
-        for split, folder in split_folders(args, args.images).items()
+        for split, folder in writer.split_folders(args, args.images).items()
     }
-    return split_at_random(args, pairs['']) if '' in pairs else pairs
+    return writer.split_at_random(args, pairs['']) if '' in pairs else pairs
 
 
 def convert_split(
@@ -111,12 +100,12 @@ def convert_split(
 ) -> list[tuple[Path, Path]]:
     """Write the label maps of a split into a folder; return the images of the sound ones."""
     sound = []
-    for image, mask, name in progress(pairs, len(pairs), f'masks of {split}'):
+    for image, mask, name in writer.progress(pairs, len(pairs), f'masks of {split}'):
         if not mask.is_file():
             findings.error('mask does not exist', mask)
             continue
         try:
-            labels, size = convert_mask(mask, args, findings), image_size(image)
+            labels, size = convert_mask(mask, args, findings), writer.image_size(image)
         # Damaged files raise errors of many types.
         except (OSError, SyntaxError, ValueError) as error:
             findings.error('image or mask cannot be read', f'{mask} ({error})')
@@ -136,7 +125,7 @@ def convert_split(
 
 def parse_args() -> argparse.Namespace:
     """Parse the command line."""
-    parser = make_parser(
+    parser = writer.make_parser(
         'Convert colored masks or label maps to label maps that ignore 255.',
         "data/camvid data/streets --images '{split}' --masks '{split}annot' --ignore 11 "
         '--classes Sky,Building,...',
@@ -145,20 +134,14 @@ def parse_args() -> argparse.Namespace:
     help_ = 'folder in DATA; default: %(default)s'
     parser.add_argument('--images', default='images/{split}', help=help_)
     parser.add_argument('--masks', default='masks/{split}', help=help_)
-    parser.add_argument(
-        '--mask-suffix',
-        default='.png',
-        help='end of the names of masks, in place of .jpg; default: .png',
-    )
-    parser.add_argument(
-        '--colors', type=Path, help='file with a line RED GREEN BLUE NAME for each class'
-    )
-    parser.add_argument(
-        '--ignore', nargs='+', default=[], help='names in --colors, or values, to ignore'
-    )
-    parser.add_argument(
-        '--first', type=int, default=0, help='value of the first class of label maps; default: 0'
-    )
+    help_ = 'end of the names of masks, in place of .jpg; default: .png'
+    parser.add_argument('--mask-suffix', default='.png', help=help_)
+    help_ = 'file with a line RED GREEN BLUE NAME for each class'
+    parser.add_argument('--colors', type=Path, help=help_)
+    help_ = 'names in --colors, or values, to ignore'
+    parser.add_argument('--ignore', nargs='+', default=[], help=help_)
+    help_ = 'value of the first class of label maps; default: 0'
+    parser.add_argument('--first', type=int, default=0, help=help_)
     return parser.parse_args()
 
 
@@ -169,7 +152,7 @@ def main() -> None:
         raise UserError('--images and --masks must both hold {split}, or neither')
     args.table, args.class_names = color_table(args) if args.colors else value_table(args)
     final, part = args.out / 'annotations', args.out / 'annotations.part'
-    check_out(args, final)
+    writer.check_out(args, final)
     findings = Findings()
     shutil.rmtree(part, ignore_errors=True)
     try:
@@ -177,10 +160,10 @@ def main() -> None:
             split: convert_split(args, split, pairs, part, findings)
             for split, pairs in find_pairs(args).items()
         }
-        refuse_faults(args, findings)
+        writer.refuse_faults(args, findings)
         for split, images in sound.items():
-            for image, name in progress(images, len(images), f'images of {split}'):
-                place_image(image, args.out / 'images' / name, args.copy)
+            for image, name in writer.progress(images, len(images), f'images of {split}'):
+                writer.place_image(image, args.out / 'images' / name, args.copy)
         (args.out / 'classes.txt').write_text('\n'.join(args.class_names) + '\n')
         part.rename(final)
     finally:

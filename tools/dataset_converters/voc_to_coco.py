@@ -11,7 +11,7 @@ import xml.etree.ElementTree as ET
 from functools import partial
 from pathlib import Path
 
-from coco_writer import SPLITS, Object, Source, convert, make_parser, same_size, split_at_random
+from coco_writer import SPLITS, Object, Source, convert, make_parser, same_size
 
 from mmscalablevit import cli
 from mmscalablevit.checks.findings import Findings
@@ -34,15 +34,13 @@ def read_objects(xml: Path, size: tuple[int, int], findings: Findings) -> list[O
 
 
 def _read_object(obj: ET.Element, place: str) -> Object:
-    left, top, right, bottom = (
-        float(obj.findtext(f'bndbox/{edge}')) for edge in ('xmin', 'ymin', 'xmax', 'ymax')
-    )
+    edges = ('xmin', 'ymin', 'xmax', 'ymax')
+    left, top, right, bottom = (float(obj.findtext(f'bndbox/{edge}')) for edge in edges)
     # Pixels count from 1, and the last one belongs to the box.
     area = right > left and bottom > top
     box = (left - 1, top - 1, right, bottom) if area else (left, top, right, bottom)
-    return Object(
-        obj.findtext('name', '').strip(), place, box, crowd=obj.findtext('difficult') == '1'
-    )
+    crowd = obj.findtext('difficult') == '1'
+    return Object(obj.findtext('name', '').strip(), place, box, crowd=crowd)
 
 
 def find_sources(args: argparse.Namespace) -> dict[str, list[Source]]:
@@ -52,7 +50,7 @@ def find_sources(args: argparse.Namespace) -> dict[str, list[Source]]:
         raise UserError(f'{args.data / "Annotations"} contains no xml file')
     lists = {x: args.data / 'ImageSets' / 'Main' / f'{getattr(args, x)}.txt' for x in SPLITS}
     if not any(path.exists() for path in lists.values()):
-        names = split_at_random(args, [xml.stem for xml in xmls])
+        names = {'': [xml.stem for xml in xmls]}
     else:
         # The lists of a single class hold a second column.
         names = {
@@ -75,12 +73,11 @@ def find_sources(args: argparse.Namespace) -> dict[str, list[Source]]:
 
 def parse_args() -> argparse.Namespace:
     """Parse the command line."""
-    parser = make_parser(
+    return make_parser(
         'Convert boxes in the layout of PASCAL VOC to that of COCO.',
         'data/bccd data/cells --leave-out',
         'folder of JPEGImages, Annotations and ImageSets',
-    )
-    return parser.parse_args()
+    ).parse_args()
 
 
 def main() -> None:

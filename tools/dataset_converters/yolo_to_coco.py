@@ -12,16 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import yaml
-from coco_writer import (
-    SPLITS,
-    Object,
-    Source,
-    convert,
-    list_images,
-    make_parser,
-    polygon_box,
-    split_at_random,
-)
+from coco_writer import SPLITS, Object, Source, convert, list_images, make_parser, polygon_box
 
 from mmscalablevit import cli
 from mmscalablevit.checks.findings import Findings
@@ -58,14 +49,12 @@ def read_objects(
 
 def read_yaml(args: argparse.Namespace) -> dict:
     """What ``data.yaml`` says, or the files that stand for it."""
-    path = next(
-        (args.data / x for x in ('data.yaml', 'data.yml') if (args.data / x).exists()), None
-    )
+    paths = args.data / 'data.yaml', args.data / 'data.yml'
+    path = next((path for path in paths if path.exists()), None)
     names = args.data / 'classes.txt'
     if path is None and not names.exists():
-        raise UserError(
-            f'{args.data} contains neither data.yaml nor classes.txt with the class names'
-        )
+        missing = 'neither data.yaml nor classes.txt with the class names'
+        raise UserError(f'{args.data} contains {missing}')
     if path is None:
         classes = names.read_text().strip().split('\n')
         folders = {getattr(args, x): f'images/{getattr(args, x)}' for x in SPLITS}
@@ -84,9 +73,8 @@ def find_images(root: Path, named: str | list[str]) -> dict[str, Path]:
     images = {}
     for entry in [named] if isinstance(named, str) else named:
         # Exports of datasets name folders from where a training is started.
-        path = next(
-            (p for p in (root / entry, root / entry.removeprefix('../')) if p.exists()), None
-        )
+        paths = root / entry, root / entry.removeprefix('../')
+        path = next((path for path in paths if path.exists()), None)
         if path is None:
             raise UserError(f'{root / entry} does not exist')
         if path.is_dir():
@@ -118,24 +106,22 @@ def find_sources(args: argparse.Namespace, content: dict) -> dict[str, list[Sour
         images = {split: find_images(root, folders) for split, folders in named.items()}
     else:
         images = {'': find_images(root, 'images')}
-    sources = {
+    return {
         split: [
             Source(path, name, partial(read_objects, label_file(path), classes))
             for name, path in found.items()
         ]
         for split, found in images.items()
     }
-    return split_at_random(args, sources['']) if '' in sources else sources
 
 
 def parse_args() -> argparse.Namespace:
     """Parse the command line."""
-    parser = make_parser(
+    return make_parser(
         'Convert the txt files of YOLO to the layout of COCO.',
         'data/my_yolo data/mine',
         'folder of data.yaml or classes.txt, images and labels',
-    )
-    return parser.parse_args()
+    ).parse_args()
 
 
 def main() -> None:

@@ -27,6 +27,7 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import DATASETS, MODELS, init_default_scope
 from onnx_wrappers import Backbone, Classifier, DetectorMaps, Normalized, Segmentor
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from mmscalablevit import cli
 from mmscalablevit.checkpoint.reading import load_weights
@@ -40,6 +41,9 @@ MIN_OPSET = 18
 TOLERANCE = 1e-4
 MIN_EQUAL_LABELS = 0.999
 SUFFIXES = {'onnx': '.onnx', 'torch-export': '.pt2'}
+# Batch, height, width.
+Size = tuple[int, int, int]
+Run = Callable[[Tensor], list[Tensor]]
 
 
 def parse_args() -> argparse.Namespace:
@@ -56,30 +60,19 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('config', help='config of the model')
     parser.add_argument('--checkpoint', help='weights of the whole model; else its initial ones')
     parser.add_argument('--out', required=True, help='file to write, .onnx or .pt2')
-    parser.add_argument(
-        '--part',
-        choices=['model', 'backbone', 'maps'],
-        default='model',
-        help='the whole model, the default, its backbone, or maps of one stage before boxes',
-    )
-    parser.add_argument(
-        '--format', choices=list(SUFFIXES), default='onnx', help='of the file, default onnx'
-    )
-    parser.add_argument(
-        '--opset', type=int, default=MIN_OPSET, help=f'of ONNX, default {MIN_OPSET}, the tested one'
-    )
-    parser.add_argument(
-        '--static', metavar='BxHxW', help='the one batch, height and width to serve; default: any'
-    )
-    parser.add_argument(
-        '--normalize', action='store_true', help='in the file, which then takes pixels of 0 to 255'
-    )
-    parser.add_argument(
-        '--check-sizes',
-        nargs='+',
-        metavar='BxHxW',
-        help=f'to check and time at; default: {" ".join(CHECK_SIZES)}, or that of --static',
-    )
+    help_ = 'the whole model, the default, its backbone, or maps of one stage before boxes'
+    parts = ['model', 'backbone', 'maps']
+    parser.add_argument('--part', choices=parts, default=parts[0], help=help_)
+    help_ = 'of the file, default onnx'
+    parser.add_argument('--format', choices=SUFFIXES, default='onnx', help=help_)
+    help_ = f'of ONNX, default {MIN_OPSET}, the tested one'
+    parser.add_argument('--opset', type=int, default=MIN_OPSET, help=help_)
+    help_ = 'the one batch, height and width to serve; default: any'
+    parser.add_argument('--static', metavar='BxHxW', help=help_)
+    help_ = 'in the file, which then takes pixels of 0 to 255'
+    parser.add_argument('--normalize', action='store_true', help=help_)
+    help_ = f'to check and time at; default: {" ".join(CHECK_SIZES)}, or that of --static'
+    parser.add_argument('--check-sizes', nargs='+', metavar='BxHxW', help=help_)
     parser.add_argument('--repeat', type=int, default=5, help='timed runs of each, default 5')
     cli.add_config_options(parser)
     return parser.parse_args()
@@ -143,7 +136,7 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise UserError(f'{name} is missing: pip install -e ".[onnx]" in a clone') from error
 
 
-def parse_size(text: str, option: str) -> tuple[int, int, int]:
+def parse_size(text: str, option: str) -> Size:
     """Read ``BxHxW``."""
     found = re.fullmatch(r'([1-9]\d*)x(\d+)x(\d+)', text)
     if not found:
@@ -182,25 +175,22 @@ def wrap(model: nn.Module, part: str, file_format: str) -> nn.Module:
         from onnx_detectors import WholeDetector, WholeDino
 
         if file_format != 'onnx':
-            raise UserError(
-                'boxes are for --format onnx; torch-export takes --part backbone or maps'
-            )
+            takes = 'torch-export takes --part backbone or maps'
+            raise UserError(f'boxes are for --format onnx; {takes}')
         return (WholeDino if 'DINO' in bases else WholeDetector)(model).eval()
     if part == 'model' and type(getattr(model, 'decode_head', None)).__name__ == 'Mask2FormerHead':
         from onnx_mask2former import WholeMask2Former
 
         return WholeMask2Former(model).eval()
-    kinds = dict(EncoderDecoder=Segmentor, ImageClassifier=Classifier)
-    if part == 'maps':
-        kinds = dict(SingleStageDetector=DetectorMaps)
+    whole = dict(EncoderDecoder=Segmentor, ImageClassifier=Classifier)
+    kinds = whole if part == 'model' else dict(SingleStageDetector=DetectorMaps)
     ops = {type(m).__name__ for m in model.modules() if type(m).__module__.startswith('mmcv.ops')}
     for base, kind in kinds.items():
         if base in bases and not ops:
             return kind(model).eval()
     needs = f' (it needs {", ".join(sorted(ops))} of mmcv)' if ops else ''
-    raise UserError(
-        f'--part {part} of {name} cannot be exported{needs}; --part backbone exports its backbone'
-    )
+    remedy = '--part backbone exports its backbone'
+    raise UserError(f'--part {part} of {name} cannot be exported{needs}; {remedy}')
 
 
 def describe(
@@ -208,10 +198,8 @@ def describe(
 ) -> dict[str, str]:
     """What a user of the file must know, as text for its metadata."""
     preprocessor = model.data_preprocessor
-    rgb = any(
-        getattr(preprocessor, key, False)
-        for key in ('channel_conversion', '_channel_conversion', 'to_rgb')
-    )
+    conversions = 'channel_conversion', '_channel_conversion', 'to_rgb'
+    rgb = any(getattr(preprocessor, key, False) for key in conversions)
     metadata = dict(
         config=Path(args.config).name,
         part=args.part,
@@ -221,12 +209,10 @@ def describe(
         + ('value of 0 to 255' if args.normalize else '(value of 0 to 255 - mean) / std'),
         channels='RGB' if rgb else 'BGR',
     )
-    if hasattr(preprocessor, 'mean'):
-        for key in ('mean', 'std'):
-            values = [round(x, 4) for x in getattr(preprocessor, key).flatten().tolist()]
-            # Those that are left to do outside of the file.
-            values = [float(key == 'std')] * len(values) if args.normalize else values
-            metadata[key] = json.dumps(values)
+    # Those that are left to do outside of the file.
+    for key, neutral in dict(mean=0.0, std=1.0).items() if hasattr(preprocessor, 'mean') else ():
+        values = [round(x, 4) for x in getattr(preprocessor, key).flatten().tolist()]
+        metadata[key] = json.dumps([neutral] * len(values) if args.normalize else values)
     for step in cfg.get('test_pipeline', []):
         if step.type == 'Resize' and 'scale' in step:
             metadata['scale'] = json.dumps(step.scale)
@@ -238,10 +224,8 @@ def describe(
 
 
 def trace(
-    model: nn.Module,
-    static: tuple[int, int, int] | None = None,
-    file_format: str = 'torch-export',
-) -> torch.export.ExportedProgram:
+    model: nn.Module, static: Size | None = None, file_format: str = 'torch-export'
+) -> ExportedProgram:
     """Trace a model in eval mode of images (B, 3, H, W) with ``torch.export``.
 
     All sizes are open but the batch of a model of one image, or none are with a ``static`` one.
@@ -317,11 +301,7 @@ def bins(size: int, number: int, like: Tensor) -> Tensor:
 
 
 def save_onnx(
-    program: torch.export.ExportedProgram,
-    wrapped: nn.Module,
-    opset: int,
-    metadata: dict[str, str],
-    out: Path,
+    program: ExportedProgram, wrapped: nn.Module, opset: int, metadata: dict[str, str], out: Path
 ) -> None:
     """Write a traced program as one ONNX file, weights and ``metadata_props`` included."""
     onnx_program = torch.onnx.export(
@@ -337,27 +317,18 @@ def save_onnx(
     onnx_program.save(out, external_data=False)
 
 
-def onnx_runner(path: Path) -> Callable[[Tensor], list[Tensor]]:
+def onnx_runner(path: Path) -> Run:
     """Load a file into onnxruntime on CPU, with as many threads as PyTorch uses."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
-
-    def run(images: Tensor) -> list[Tensor]:
-        return [torch.from_numpy(x) for x in session.run(None, {'images': images.numpy()})]
-
-    return run
+    return lambda images: [*map(torch.from_numpy, session.run(None, {'images': images.numpy()}))]
 
 
 @torch.no_grad()
-def compare(
-    model: nn.Module,
-    run: Callable[[Tensor], list[Tensor]],
-    sizes: list[tuple[int, int, int]],
-    args: argparse.Namespace,
-) -> None:
+def compare(model: nn.Module, run: Run, sizes: list[Size], args: argparse.Namespace) -> None:
     """Print difference and time of model and exported model at each batch, height and width.
 
     Fails where outputs differ by more than ``TOLERANCE``, relative to the larger of 1 and their
@@ -375,16 +346,14 @@ def compare(
         images = torch.randn(batch, 3, height, width)
         images = images * 60 + 120 if args.normalize else images
         difference = judge(eager(images), run(images))
-        times = [[], []]
-        for _ in range(args.repeat):
-            for function, seconds in zip((eager, run), times, strict=True):
-                start = time.perf_counter()
-                function(images)
-                seconds.append(time.perf_counter() - start)
-        before, after = map(statistics.median, times)
-        sides = f'{batch} x {height} x {width}'
+        times = {eager: [], run: []}
+        for function in [eager, run] * args.repeat:
+            start = time.perf_counter()
+            function(images)
+            times[function].append(time.perf_counter() - start)
+        before, after = map(statistics.median, times.values())
         seconds = f'{before:.3f}', f'{after:.3f}', f'{before / after:.2f}'
-        rows.append((sides, difference, *seconds))
+        rows.append((f'{batch} x {height} x {width}', difference, *seconds))
     print(cli.markdown_table(header, rows))
 
 

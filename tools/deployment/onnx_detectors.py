@@ -59,10 +59,7 @@ class OneImage(Wrapper):
 
 
 class WholeDetector(OneImage):
-    """RetinaNet, Mask R-CNN or Cascade Mask R-CNN on one image of any size.
-
-    Args:
-        model: The detector, in eval mode.
+    """RetinaNet, Mask R-CNN or Cascade Mask R-CNN, in eval mode, on one image of any size.
 
     Raises:
         UserError: A part of the detector has no form in ONNX here.
@@ -77,10 +74,7 @@ class WholeDetector(OneImage):
         check(self)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Detect objects.
-
-        Args:
-            images: (1, 3, H, W), normalized, not padded.
+        """Detect objects in an image (1, 3, H, W), normalized, not padded.
 
         Returns:
             ``dets`` (1, N, 5), x1, y1, x2, y2 in pixels of the image and score, best first;
@@ -89,13 +83,10 @@ class WholeDetector(OneImage):
         """
         features = self.model.extract_feat(self.pad(images))
         boxes, scores, labels = self.propose(features, images.shape[2:])
-        if self.roi_head is None:
-            return join(boxes, scores), labels[None]
-        boxes, scores, labels = self.classify(features, boxes, images.shape[2:])
-        outputs = join(boxes, scores), labels[None]
-        return (
-            (*outputs, self.segment(features, boxes, labels)[None]) if self.with_mask else outputs
-        )
+        if self.roi_head is not None:
+            boxes, scores, labels = self.classify(features, boxes, images.shape[2:])
+        masks = [self.segment(features, boxes, labels)[None]] if self.with_mask else []
+        return join(boxes, scores), labels[None], *masks
 
     def propose(self, features: tuple[Tensor, ...], shape: torch.Size) -> tuple[Tensor, ...]:
         """The boxes, scores and labels of a dense head after NMS."""
@@ -149,10 +140,9 @@ class WholeDetector(OneImage):
 
     def segment(self, features: tuple[Tensor, ...], boxes: Tensor, labels: Tensor) -> Tensor:
         """Masks (N, 28, 28), of a cascade the mean of its stages."""
-        masks = []
         heads = each(self.roi_head.mask_head)
-        for extractor, head in zip(each(self.roi_head.mask_roi_extractor), heads, strict=True):
-            masks.append(head(extract(extractor, features, boxes)).sigmoid())
+        stages = zip(each(self.roi_head.mask_roi_extractor), heads, strict=True)
+        masks = [head(extract(pool, features, boxes)).sigmoid() for pool, head in stages]
         mask = torch.stack(masks).mean(0)
         if mask.shape[1] == 1:
             return mask[:, 0]
@@ -161,10 +151,7 @@ class WholeDetector(OneImage):
 
 
 class WholeDino(OneImage):
-    """DINO on one image of any size, its deformable attention by grid sampling.
-
-    Args:
-        model: The detector, in eval mode.
+    """DINO, in eval mode, on one image of any size, its deformable attention by grid sampling.
 
     Raises:
         UserError: Its preprocessor pads, for which it would need masks.

@@ -14,14 +14,10 @@ from torch import Tensor
 
 @torch.library.custom_op('scalablevit::nms', mutates_args=())
 def nms(boxes: Tensor, scores: Tensor, iou_thr: float, score_thr: float, limit: int) -> Tensor:
-    """Indices of the kept boxes, best first, ``limit`` at most.
+    """Indices of the kept boxes of (N, 4), x1, y1, x2, y2, best first, ``limit`` at most.
 
-    Args:
-        boxes: (N, 4), x1, y1, x2, y2.
-        scores: (N,).
-        iou_thr: Boxes of a higher overlap with a better one are dropped.
-        score_thr: Boxes are dropped whose score is not above it.
-        limit: Largest number of boxes to keep.
+    Dropped are those whose score, of (N,), is not above ``score_thr``, or that overlap a better one
+    by more than ``iou_thr``.
     """
     valid = (scores > score_thr).nonzero().squeeze(1)
     _, keep = mmcv_nms(boxes[valid], scores[valid], iou_thr)
@@ -36,17 +32,10 @@ def _(boxes: Tensor, scores: Tensor, iou_thr: float, score_thr: float, limit: in
 
 @torch.library.custom_op('scalablevit::roi_align', mutates_args=())
 def roi_align(features: Tensor, rois: Tensor, size: list[int], scale: float, ratio: int) -> Tensor:
-    """Average pooled, aligned features of regions.
+    """Features (1, C, H, W), aligned and average pooled in regions to (N, C, *size).
 
-    Args:
-        features: (1, C, H, W).
-        rois: (N, 4), x1, y1, x2, y2 in pixels of the image.
-        size: Height and width of the output.
-        scale: 1 / stride of the features.
-        ratio: Samples of each bin and axis; 0 takes as many as there are pixels.
-
-    Returns:
-        (N, C, *size).
+    Regions are (N, 4), x1, y1, x2, y2 in pixels of the image. ``scale`` is 1 / stride of the
+    features, ``ratio`` the samples of each bin and axis; 0 takes as many as there are pixels.
     """
     numbered = torch.nn.functional.pad(rois, (1, 0))
     return mmcv_roi_align(features, numbered, size, scale, ratio, 'avg', True)
@@ -86,7 +75,4 @@ def translations() -> dict[Callable, Callable]:
         )
 
     operators = torch.ops.scalablevit
-    return {
-        operators.nms.default: nms_to_onnx,
-        operators.roi_align.default: roi_align_to_onnx,
-    }
+    return {operators.nms.default: nms_to_onnx, operators.roi_align.default: roi_align_to_onnx}

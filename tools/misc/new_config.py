@@ -123,12 +123,6 @@ def look_at_coco(root: Path) -> dict:
     )
 
 
-def image_size(path: Path) -> tuple[int, int]:
-    """Width and height."""
-    with Image.open(path) as image:
-        return image.size
-
-
 def look_at_label_maps(root: Path) -> dict:
     """What a data set of label maps holds: classes, image sizes and counts."""
     folders = {split: root / 'images' / split for split in ('train', 'val')}
@@ -136,12 +130,16 @@ def look_at_label_maps(root: Path) -> dict:
         if not path.exists():
             raise UserError(f'{path} does not exist; masks_to_labels.py writes this layout')
     images = {x: [p for p in folders[x].rglob('*') if p.is_file()] for x in folders}
+    sizes = []
+    for path in images['train']:
+        with Image.open(path) as image:
+            sizes.append(image.size)
     suffixes = sorted({path.suffix for path in (*images['train'], *images['val'])})
     if len(suffixes) != 1:
         raise UserError(f'{root / "images"} must hold one suffix, found {", ".join(suffixes)}')
     return dict(
         names=tuple((root / 'classes.txt').read_text().strip().split('\n')),
-        sizes=np.array([image_size(path) for path in images['train']]),
+        sizes=np.array(sizes),
         count=len(images['train']),
         val_count=len(images['val']),
         suffix=suffixes[0],
@@ -277,12 +275,8 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument('data', type=Path, metavar='DATA', help='folder that a converter wrote')
     parser.add_argument('--task', choices=BASES, required=True, help='what the model predicts')
-    parser.add_argument(
-        '--size',
-        default='s',
-        choices=('s', 'b', 'l', 'demo'),
-        help='of the backbone; demo trains on a CPU',
-    )
+    help_ = 'of the backbone; demo trains on a CPU'
+    parser.add_argument('--size', default='s', choices=('s', 'b', 'l', 'demo'), help=help_)
     parser.add_argument('--out', type=Path, default=Path('my.py'), help='default: my.py')
     parser.add_argument('--from-scratch', action='store_true', help='no pretrained weights')
     parser.add_argument('--epochs', type=int, help='default: by the number of images')

@@ -7,6 +7,7 @@ import difflib
 import importlib
 import os.path as osp
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -39,12 +40,10 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument('config', help='a path, or TOOLBOX::PATH of an installed toolbox')
     parser.add_argument('--out', required=True, help='the config to write')
-    parser.add_argument(
-        '--arch', default='small', choices=['small', 'base', 'large', 'small-merged'], help='size'
-    )
-    parser.add_argument(
-        '--checkpoint', help='weights of the backbone (default: the released ones of the size)'
-    )
+    archs = ['small', 'base', 'large', 'small-merged']
+    parser.add_argument('--arch', default='small', choices=archs, help='size')
+    help_ = 'weights of the backbone (default: the released ones of the size)'
+    parser.add_argument('--checkpoint', help=help_)
     return parser.parse_args()
 
 
@@ -99,10 +98,8 @@ def stages_for(outputs: list[tuple[int, int | None]], kind: str) -> tuple[int, .
         return (3,)
     stages = tuple(STRIDES.index(stride) for stride in strides if stride in STRIDES)
     if len(stages) < len(outputs) or list(stages) != sorted(set(stages)):
-        raise UserError(
-            f'{kind} returns maps of strides {strides}, for which ScalableViT has no stages; its '
-            f'strides are {STRIDES}'
-        )
+        lack = f'for which ScalableViT has no stages; its strides are {STRIDES}'
+        raise UserError(f'{kind} returns maps of strides {strides}, {lack}')
     return stages
 
 
@@ -128,12 +125,10 @@ def adapt_channels(model: dict, old: list[int], new: list[int]) -> None:
 def _list_of(value: list, old: list[int], new: list[int], index: list[int] | None) -> list:
     if isinstance(index, (list, tuple)) and len(index) == len(value):
         return [new[i] for i in index]
-    for start in range(len(old)):
-        if value == old[start:]:
-            return new[start:]
-        # YOLOv3 counts from the last.
-        if value == old[start:][::-1]:
-            return new[start:][::-1]
+    # YOLOv3 counts from the last.
+    for start, step in product(range(len(old)), (1, -1)):
+        if value == old[start:][::step]:
+            return new[start:][::step]
     return value
 
 
@@ -204,14 +199,12 @@ def replace_recipe(cfg: Config) -> None:
 
 def difference(old: dict, new: dict) -> dict:
     """What a config that inherits from ``old`` must say to become ``new``."""
-    removed = [key for key in old if key not in new]
-    if removed:
+    if not old.keys() <= new.keys():
         return dict(new, _delete_=True)
     changes = {}
     for key, value in new.items():
         if isinstance(value, dict) and isinstance(old.get(key), dict):
-            value = difference(old[key], value)
-            if value:
+            if value := difference(old[key], value):
                 changes[key] = value
         elif key not in old or old[key] != value:
             changes[key] = value
@@ -267,9 +260,8 @@ def prove(cfg: Config) -> tuple[float, list]:
     for node in dicts(cfg.model):
         if 'backbone' in node:
             node.backbone.init_cfg = None
-    preprocessor = cfg.get('data_preprocessor')
-    if preprocessor and 'data_preprocessor' not in cfg.model:
-        cfg.model.data_preprocessor = preprocessor
+    if cfg.get('data_preprocessor'):
+        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
     model = MODELS.build(cfg.model)
     model.init_weights()
     # YOLOX asks for it while training.
@@ -290,10 +282,8 @@ def main() -> None:
     args = parse_args()
     cfg = convert(args.config, args.out, args.arch, args.checkpoint)
     loss, predictions = prove(cfg)
-    print(
-        f'wrote {args.out}: {cfg.model.type} with ScalableViT {args.arch}, loss {loss:.3g} on two '
-        f'random images, {len(predictions)} predictions'
-    )
+    found = f'loss {loss:.3g} on two random images, {len(predictions)} predictions'
+    print(f'wrote {args.out}: {cfg.model.type} with ScalableViT {args.arch}, {found}')
 
 
 if __name__ == '__main__':

@@ -7,14 +7,8 @@ from pathlib import Path
 import torch
 
 from mmscalablevit import ScalableViT, cli
+from mmscalablevit.checkpoint import released
 from mmscalablevit.checkpoint.reading import check_values
-from mmscalablevit.checkpoint.released import (
-    detection_name,
-    module_names,
-    read_weights,
-    recognize,
-    split_backbone,
-)
 
 
 def parse_args() -> argparse.Namespace:
@@ -28,24 +22,24 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument('src', help='checkpoint of a toolbox')
     parser.add_argument('dst', help='where the converted checkpoint is written')
-    parser.add_argument(
-        '--naming',
-        choices=['released', 'detection'],
-        default='released',
-        help='released: that of the classification code, weights under the key model (default); '
-        'detection: that of the earlier detection code, weights under the key state_dict',
+    help_ = (
+        'released: that of the classification code, weights under the key model (default); '
+        'detection: that of the earlier detection code, weights under the key state_dict'
     )
+    namings = ['released', 'detection']
+    parser.add_argument('--naming', choices=namings, default='released', help=help_)
     return parser.parse_args()
 
 
 def convert(src: str, naming: str) -> tuple[dict, str, list[str]]:
     """Convert a checkpoint."""
-    backbone, outside = split_backbone(read_weights(src), src)
-    arch = recognize(ScalableViT, backbone, src)
+    backbone, outside = released.split_backbone(released.read_weights(src), src)
+    arch = released.recognize(ScalableViT, backbone, src)
     if naming == 'detection':
-        state = {detection_name(k): v for k, v in backbone.items() if not k.startswith('norm.')}
         left_out = [name for name in backbone if name.startswith('norm.')]
-        return dict(state_dict=state), arch, module_names([*left_out, *outside])
+        kept = backbone.keys() - left_out
+        state = {released.detection_name(k): v for k, v in backbone.items() if k in kept}
+        return dict(state_dict=state), arch, released.module_names([*left_out, *outside])
 
     head = {
         name.replace('head.fc.', 'head.', 1): tensor
@@ -54,7 +48,7 @@ def convert(src: str, naming: str) -> tuple[dict, str, list[str]]:
     }
     check_values(head, src)
     left_out = [name for name in outside if not name.startswith('head.fc.')]
-    return dict(model={**backbone, **head}), arch, module_names(left_out)
+    return dict(model={**backbone, **head}), arch, released.module_names(left_out)
 
 
 def main() -> None:
@@ -64,10 +58,8 @@ def main() -> None:
     Path(args.dst).parent.mkdir(parents=True, exist_ok=True)
     torch.save(checkpoint, args.dst)
     (weights,) = checkpoint.values()
-    print(
-        f'{args.dst}: {args.naming} naming, arch {arch!r}, {len(weights)} tensors'
-        + (f'; left out: {", ".join(left_out)}' if left_out else '')
-    )
+    rest = f'; left out: {", ".join(left_out)}' if left_out else ''
+    print(f'{args.dst}: {args.naming} naming, arch {arch!r}, {len(weights)} tensors{rest}')
 
 
 if __name__ == '__main__':

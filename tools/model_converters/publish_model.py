@@ -24,13 +24,9 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument('in_file', help='checkpoint of a training')
     parser.add_argument('out_file', help='name of the published file, before the hash is put in')
-    parser.add_argument(
-        '--save-keys',
-        nargs='+',
-        default=['meta', 'state_dict'],
-        metavar='KEY',
-        help='keys to keep (default: meta state_dict)',
-    )
+    keys = ['meta', 'state_dict']
+    help_ = 'keys to keep (default: meta state_dict)'
+    parser.add_argument('--save-keys', nargs='+', default=keys, metavar='KEY', help=help_)
     parser.add_argument('--half', action='store_true', help='weights in half precision')
     return parser.parse_args()
 

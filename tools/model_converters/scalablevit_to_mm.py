@@ -7,13 +7,7 @@ from pathlib import Path
 import torch
 
 from mmscalablevit import ScalableViT, cli
-from mmscalablevit.checkpoint.released import (
-    as_classifier,
-    module_names,
-    read_weights,
-    recognize,
-    split_backbone,
-)
+from mmscalablevit.checkpoint import released
 
 
 def parse_args() -> argparse.Namespace:
@@ -27,27 +21,26 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument('src', help="checkpoint of the authors' code, or scalablevit://SIZE")
     parser.add_argument('dst', help='where the converted checkpoint is written')
-    parser.add_argument(
-        '--task',
-        choices=['backbone', 'classifier'],
-        default='backbone',
-        help='backbone: the bare backbone, for init_cfg (default); classifier: backbone and head, '
-        'for the configs in configs/classification',
+    help_ = (
+        'backbone: the bare backbone, for init_cfg (default); classifier: backbone and head, for '
+        'the configs in configs/classification'
     )
+    tasks = ['backbone', 'classifier']
+    parser.add_argument('--task', choices=tasks, default='backbone', help=help_)
     return parser.parse_args()
 
 
 def convert(src: str, task: str) -> tuple[dict, list[str]]:
     """Convert a checkpoint."""
-    weights = read_weights(src)
+    weights = released.read_weights(src)
     if task == 'classifier':
-        state, arch = as_classifier(ScalableViT, weights, src)
+        state, arch = released.as_classifier(ScalableViT, weights, src)
         return dict(meta=dict(arch=arch), state_dict=state), []
-    inside, outside = split_backbone(weights, src)
+    inside, outside = released.split_backbone(weights, src)
     head = [name for name in inside if name.startswith('head.')]
     backbone = {name: tensor for name, tensor in inside.items() if name not in head}
-    arch = recognize(ScalableViT, backbone, src)
-    return dict(meta=dict(arch=arch), state_dict=backbone), module_names([*head, *outside])
+    arch = released.recognize(ScalableViT, backbone, src)
+    return dict(meta=dict(arch=arch), state_dict=backbone), released.module_names([*head, *outside])
 
 
 def main() -> None:
@@ -56,11 +49,9 @@ def main() -> None:
     checkpoint, left_out = convert(args.src, args.task)
     Path(args.dst).parent.mkdir(parents=True, exist_ok=True)
     torch.save(checkpoint, args.dst)
-    print(
-        f'{args.dst}: {args.task} of arch {checkpoint["meta"]["arch"]!r}, '
-        f'{len(checkpoint["state_dict"])} tensors'
-        + (f'; left out: {", ".join(left_out)}' if left_out else '')
-    )
+    arch, weights = checkpoint['meta']['arch'], checkpoint['state_dict']
+    rest = f'; left out: {", ".join(left_out)}' if left_out else ''
+    print(f'{args.dst}: {args.task} of arch {arch!r}, {len(weights)} tensors{rest}')
 
 
 if __name__ == '__main__':
