@@ -23,9 +23,11 @@ $(STAMP): setup.py tools/misc/environment.sh tools/misc/setup_env.sh \
 demo: $(STAMP)
 	@PYTHON="$(abspath $(PYTHON))" tools/demo.sh "$(DEMO_DIR)"
 
-# One thread each: threads of several processes would wait for each other.
+# A process more than cores, as some tests wait for minutes; one thread each, as threads of several
+# processes would wait for each other.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses auto --maxprocesses 4 \
+	OMP_NUM_THREADS=1 PYTEST_XDIST_AUTO_NUM_WORKERS=$$(($$(getconf _NPROCESSORS_ONLN) + 1)) \
+		$(PYTHON) -m pytest --numprocesses auto --maxprocesses 4 \
 		--dist loadfile --no-loadscope-reorder \
 		$(PYTEST_ARGS)
 

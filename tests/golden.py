@@ -78,12 +78,12 @@ def golden_model(case):
     return load_reference(model)
 
 
-def golden_errors(model, case, dtype):
-    """Relative error of every stored piece of every stage; compiled models are callable, too."""
+def golden_errors(model, case, dtype, device='cpu'):
+    """Relative error of every stored piece of every stage."""
     stored = load_file(REFERENCE / case['file'])
-    images = reference_input(case['input_seed'], case['input_shape']).to(dtype)
+    images = reference_input(case['input_seed'], case['input_shape']).to(device, dtype)
     with torch.no_grad():
-        outs = model.to(dtype)(images)
+        outs = [out.cpu() for out in model.to(device, dtype)(images)]
     errors = {}
     for out, stage in zip(outs, case['stages'], strict=True):
         assert list(out.shape) == stage['shape']

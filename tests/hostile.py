@@ -12,6 +12,7 @@ import resource
 import sys
 import zipfile
 from collections import Counter, OrderedDict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -160,17 +161,16 @@ def load_mutant(path, model, before):
     return outcome
 
 
-def mutated(rng, raw, what, kind):
-    if what == 'forged':
-        return rewritten(raw, lambda records: forge(rng, records))
-    return damage(rng, raw, kind)
+def memory_mib():
+    """The most memory that this process has had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def fuzz(seed, counts):
     """Load mutated files; print how often which outcome was, and by how much memory grew."""
     torch.set_num_threads(1)
     model, rng, found, memory = backbone(seed=1), random.Random(seed), {}, None
-    before = copied(model.state_dict())
+    before, forged = copied(model.state_dict()), partial(forge, rng)
     for what, count in counts.items():
         path = Path(f'a.{"safetensors" if what == "safetensors" else "pth"}')
         if what == 'safetensors':
@@ -179,15 +179,15 @@ def fuzz(seed, counts):
             torch.save(training_state(), path, _use_new_zipfile_serialization=what != 'legacy')
         raw, found[what] = path.read_bytes(), Counter()
         assert load_mutant(str(path), model, before) == 'same'
-        memory = memory or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        memory = memory or memory_mib()
         for i in range(count):
             kind = list(DAMAGE)[i % len(DAMAGE)]
-            path.write_bytes(mutant := mutated(rng, raw, what, kind))
+            mutant = rewritten(raw, forged) if what == 'forged' else damage(rng, raw, kind)
+            path.write_bytes(mutant)
             # What a crash of the reader leaves to be seen.
             print(what, i, kind, file=sys.stderr, flush=True)
             outcome = 'unchanged' if mutant == raw else load_mutant(str(path), model, before)
             assert what == 'forged' or kind != 'truncate' or outcome == 'refused'
             found[what][outcome] += 1
         path.unlink()
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory) / 1024
-    print(json.dumps([found, grown]))
+    print(json.dumps([found, memory_mib() - memory]))

@@ -17,11 +17,17 @@ from types import ModuleType
 from unittest import mock
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
+
+
+def long(*case):
+    """A case of a parametrized test that `make test-long` runs."""
+    return pytest.param(*case, marks=pytest.mark.long)
 
 
 def draw_shapes(folder: Path, num_train: int = 8, num_val: int = 4, size: int = 64) -> None:
@@ -44,6 +50,8 @@ def write_map(path: Path, labels: np.ndarray, **options) -> None:
 
 def load_tool(path: str) -> ModuleType:
     """Import a script such as 'tools/train.py', as other code could if it were a module."""
+    # Where Python looks for what a script imports, and worker processes for the script.
+    sys.path.append(str((ROOT / path).parent))
     spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[Path(path).stem] = module

@@ -9,8 +9,7 @@ from mmengine.config import Config
 
 DETECTOR = 'mask-rcnn_scalablevit-s_fpn_1x_coco'
 SEGMENTOR = 'scalablevit-s_upernet_8xb2-160k_ade20k-512x512'
-LONG_AGO = 1_600_000_000
-STAMP = '20260101_120000'
+STAMP, LATER = '20260101_120000', '20260102_000000'
 
 
 def detector_config():
@@ -49,8 +48,8 @@ def segmentor_config():
 
 def step(iteration, epoch=None, seconds=0.5, memory=None):
     record = dict(loss=1.0, lr=1e-4, time=seconds, iter=iteration, step=iteration)
-    record.update({} if epoch is None else dict(epoch=epoch))
-    return {**record, **({} if memory is None else dict(memory=memory))}
+    others = dict(epoch=epoch, memory=memory)
+    return record | {key: value for key, value in others.items() if value is not None}
 
 
 def boxes(epoch, box_ap, mask_ap):
@@ -58,9 +57,10 @@ def boxes(epoch, box_ap, mask_ap):
 
 
 def session(
-    work_dir, records, config, *, name, stamp=STAMP, gpus=8, resumed=None, test=None, age=None
+    work_dir, records, config=(), name=DETECTOR, stamp=STAMP, gpus=8, resumed=(), test=(), age=10**8
 ):
     """Write what mmengine writes for one start of a training or a test."""
+    config = config or (segmentor_config() if name == SEGMENTOR else detector_config())
     folder = work_dir / stamp
     (folder / 'vis_data').mkdir(parents=True)
     Config(config).dump(work_dir / f'{name}.py')
@@ -76,7 +76,7 @@ def session(
         (folder / 'vis_data' / 'scalars.json').write_text(text)
     if test:
         (folder / f'{stamp}.json').write_text(json.dumps(test))
-    when = LONG_AGO if age is None else time.time() - age
+    when = time.time() - age
     for path in [*folder.rglob('*'), folder]:
         os.utime(path, (when, when))
 

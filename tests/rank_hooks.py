@@ -1,6 +1,7 @@
 # Copyright (c) mmscalablevit contributors. All rights reserved.
 """What tests put into the processes that they start, through their configs."""
 
+import contextlib
 import json
 import os
 import signal
@@ -61,11 +62,8 @@ class Pause(Hook):
                 time.sleep(0.1)
 
 
-try:
+with contextlib.suppress(ImportError):
     from mmdet.models.task_modules import RandomSampler
-except ImportError:
-    pass
-else:
 
     @TASK_UTILS.register_module()
     class FirstSampler(RandomSampler):

@@ -37,10 +37,12 @@ def write_mask(path, values=(0, 1, 255), size=(40, 30), dtype=np.uint8):
     write_map(path, np.resize(np.array(values, dtype), size[::-1]))
 
 
-def coco():
+def coco(num_images=3):
     sound = dict(bbox=[2, 3, 10, 8], area=80, iscrowd=0, segmentation=[[2, 3, 12, 3, 12, 11]])
     return dict(
-        images=[dict(id=i, file_name=f'{i}.jpg', width=40, height=30) for i in (1, 2, 3)],
+        images=[
+            dict(id=i + 1, file_name=f'{i + 1}.jpg', width=40, height=30) for i in range(num_images)
+        ],
         annotations=[
             dict(sound, id=i, image_id=1 + i // 2, category_id=7 + i % 2) for i in (1, 2, 3, 4)
         ],
@@ -55,7 +57,7 @@ def check(call):
 
 @pytest.fixture
 def detection(tmp_path):
-    """A sound data set in COCO format; the content is written by ``save``."""
+    """A sound data set in COCO format."""
     for i in (1, 2, 3):
         write_image(tmp_path / 'data' / 'images' / f'{i}.jpg')
     (tmp_path / 'config.py').write_text(DETECTOR)
@@ -73,23 +75,18 @@ def segmentation(tmp_path):
     return tmp_path / 'data'
 
 
-def test_sound_coco(check, detection):
-    code, said = check('config.py')
+def test_sound_data(check, detection, segmentation, tmp_path):
+    code, said = check('config.py', '--full')
+    assert (code, findings(said)) == (0, [])
+    assert 'train_dataloader: BaseSegDataset in data: 3 images with masks, 2 classes' in said
 
-    assert code == 0
+    (tmp_path / 'config.py').write_text(DETECTOR)
+    code, said = check('config.py')
+    assert (code, findings(said)) == (0, [])
     assert 'train_dataloader: CocoDataset in data: 3 images, 4 annotations, 2 categories' in said
     assert 'val_dataloader: CocoDataset in data: 3 images' in said
     # The test set is the validation set.
     assert 'test_dataloader' not in said
-    assert findings(said) == []
-
-
-def test_sound_segmentation(check, segmentation):
-    code, said = check('config.py', '--full')
-
-    assert code == 0
-    assert 'train_dataloader: BaseSegDataset in data: 3 images with masks, 2 classes' in said
-    assert findings(said) == []
 
 
 def findings(said):
@@ -126,10 +123,7 @@ COCO_ERRORS = {
         "order of the categories of data/val.json: ['dog', 'cat']",
     ),
     'no such image_id': (put(image_id=9), 'annotation of an image_id that is not listed: id 1'),
-    'no such category': (
-        put(category_id=9),
-        'annotation of a category_id that is not listed: id 1',
-    ),
+    'no such category': (put(category_id=9), 'of a category_id that is not listed: id 1'),
     'id 0': (put(id=0), 'pycocotools counts a match with this id as none: id 0'),
     'no iscrowd': (remove('iscrowd'), 'has no iscrowd, which the evaluation reads: id 1'),
     'short polygon': (put(segmentation=[[1, 2, 3, 4]]), 'polygon is not of at least 3 points'),
@@ -190,13 +184,10 @@ def test_files_that_cannot_be_read(check, detection):
 
 
 def test_only_a_sample_is_opened(check, detection):
-    content = coco()
-    content['images'] = [
-        dict(id=i, file_name=f'{i}.jpg', width=40, height=30) for i in range(1, 402)
-    ]
-    for i in range(4, 402):
-        shutil.copy(detection / 'images' / '1.jpg', detection / 'images' / f'{i}.jpg')
+    content = coco(num_images=401)
     (detection / 'train.json').write_text(json.dumps(content))
+    for i in range(4, 401):
+        shutil.copy(detection / 'images' / '1.jpg', detection / 'images' / f'{i}.jpg')
     write_image(detection / 'images' / '401.jpg', size=(50, 30))
 
     assert check('config.py')[0] == 0
@@ -205,7 +196,7 @@ def test_only_a_sample_is_opened(check, detection):
     assert 'data/images/401.jpg is 50x30 and not 40x30' in said
 
 
-def test_heads_and_metric_of_the_config(check, detection, tmp_path):
+def test_heads_and_metric_of_the_config(check, detection):
     options = ['model.roi_head.mask_head.num_classes=80', 'val_evaluator.ann_file=data/train.json']
     code, said = check('config.py', '--cfg-options', *options)
 
@@ -213,9 +204,6 @@ def test_heads_and_metric_of_the_config(check, detection, tmp_path):
     assert 'error: model.roi_head.mask_head.num_classes=80: the CocoDataset of train_data' in said
     assert 'has 2 classes (cat, dog)' in said
     assert 'must be data/val.json, as in val_dataloader: val_evaluator.ann_file=data/train' in said
-
-    (tmp_path / 'config.py').write_text(DETECTOR.replace(str(CLASSES), "('cat')"))
-    assert 'a single class needs a comma: cat' in check('config.py')[1]
 
 
 def test_folders_that_do_not_exist(check, detection, tmp_path):
@@ -242,6 +230,10 @@ def mask(*values, **options):
     return lambda data: write_mask(data / MASK, values, **options)
 
 
+def damaged(name):
+    return lambda data: (data / name).write_bytes(b'x')
+
+
 SEGMENTATION_FAULTS = {
     'missing mask': (lambda data: (data / MASK).unlink(), 'mask does not exist: data/masks/2.png'),
     'size': (mask(0, 1, size=(30, 40)), 'data/masks/2.png is 30x40 and not 40x30'),
@@ -251,14 +243,8 @@ SEGMENTATION_FAULTS = {
         lambda data: write_image(data / MASK),
         'it must have one channel that holds class numbers: data/masks/2.png is a color image',
     ),
-    'damaged': (
-        lambda data: (data / MASK).write_bytes(b'x'),
-        'mask cannot be read: data/masks/2.png (',
-    ),
-    'damaged image': (
-        lambda data: (data / 'images' / '2.jpg').write_bytes(b'x'),
-        'image cannot be read: data/images/2.jpg (',
-    ),
+    'damaged': (damaged(MASK), 'mask cannot be read: data/masks/2.png ('),
+    'damaged image': (damaged('images/2.jpg'), 'image cannot be read: data/images/2.jpg ('),
 }
 
 
@@ -276,10 +262,8 @@ def test_segmentation_faults(fault, check, segmentation):
 
 def of_all(setting):
     """Options with a setting for the three data sets."""
-    return [
-        '--cfg-options',
-        *(f'{x}_dataloader.dataset.{setting}' for x in ('train', 'val', 'test')),
-    ]
+    sets = [f'{split}_dataloader.dataset.{setting}' for split in ('train', 'val', 'test')]
+    return ['--cfg-options', *sets]
 
 
 def test_zero_label(check, segmentation):
@@ -311,10 +295,10 @@ def test_standard_sets(check, tmp_path):
     from mmdet.datasets import CocoDataset
 
     root = tmp_path / 'my coco'
+    (root / 'annotations').mkdir(parents=True)
     content, names = coco(), CocoDataset.METAINFO['classes']
     content['categories'] = [dict(id=i, name=name) for i, name in enumerate(names, start=7)]
     for split in ('train2017', 'val2017'):
-        (root / 'annotations').mkdir(parents=True, exist_ok=True)
         (root / 'annotations' / f'instances_{split}.json').write_text(json.dumps(content))
         for i in (1, 2, 3):
             write_image(root / split / f'{i}.jpg')
@@ -323,14 +307,6 @@ def test_standard_sets(check, tmp_path):
     assert 'warning: the official set has 118287 images: 3 images, 4 annotations' in said
     assert 'warning: the official set has 5000 images' in said
 
-    for split in ('training', 'validation'):
-        write_image(tmp_path / 'ade' / 'images' / split / '1.jpg')
-        write_mask(tmp_path / 'ade' / 'annotations' / split / '1.png', (0, 1, 150))
-    code, said = check('ade20k', '--root', 'ade')
-    assert code == 0
-    assert 'warning: the official set has 20210 images: 1 images with masks, 150 classes' in said
-    assert 'warning: the official set has 2000 images' in said
-
     code, said = check('ade20k')
     assert code == 1
     assert 'error: folder does not exist: data/ade/ADEChallengeData2016' in said
@@ -338,7 +314,6 @@ def test_standard_sets(check, tmp_path):
 
 def test_what_cannot_be_checked(check, detection, tmp_path):
     assert '--root belongs to coco and ade20k' in check('config.py', '--root', 'x')[0]
-    assert 'config none.py does not exist' in check('none.py')[0]
     (tmp_path / 'data' / 'train').mkdir()
     classifier = ROOT / 'configs' / 'classification' / 'scalablevit-s_8xb128_in1k.py'
     options = ['--cfg-options', 'train_dataloader.dataset.data_root=data']
@@ -367,12 +342,10 @@ IGNORING = [
 def test_one_value_is_ignored(check, segmentation):
     for i in (1, 2, 3):
         write_mask(segmentation / 'masks' / f'{i}.png', (0, 1, 11))
-    options = of_all('ignore_index=11')
-    said = check('config.py', *options)[1]
-    wanted = 'train_dataloader.dataset.ignore_index=11, but model.decode_head.ignore_index=255'
-
-    assert wanted in said
-    assert check('config.py', *options, *IGNORING)[0] == 0
+    options = [*of_all('ignore_index=11'), *IGNORING]
+    assert check('config.py', *options)[0] == 0
     for one in IGNORING:
-        some = [x for x in IGNORING if x != one]
-        assert check('config.py', *options, *some)[0] == 1, one
+        code, said = check('config.py', *(option for option in options if option != one))
+        assert code == 1
+        named = 'ignore_index of RandomCrop' if 'pipeline' in one else one.split('=')[0]
+        assert f'_dataloader.dataset.ignore_index=11, but {named}=255' in said

@@ -2,29 +2,18 @@
 """The table that compares trainings with published results, from logs made here."""
 
 import json
-import sys
 from pathlib import Path
 
 import cv2
+import logs
 import pytest
 from jobs import load_tool
-from logs import (
-    DETECTOR,
-    SEGMENTOR,
-    STAMP,
-    boxes,
-    detector_config,
-    evaluated,
-    segmentor_config,
-    session,
-    step,
-)
+from logs import DETECTOR, LATER, SEGMENTOR, detector_config, segmentor_config, session, step
 from mmengine.config import Config
 
 from mmscalablevit import published, work_dirs
 
-ROOT = Path(__file__).parents[1]
-TOOL = ROOT / 'tools' / 'analysis_tools' / 'compare_runs.py'
+TOOL = 'tools/analysis_tools/compare_runs.py'
 SWIN = 'mask-rcnn_swin-t_fpn_1x_coco'
 TWINS = 'mask-rcnn_twins-svt-s_fpn_1x_coco'
 
@@ -32,19 +21,16 @@ TWINS = 'mask-rcnn_twins-svt-s_fpn_1x_coco'
 @pytest.fixture
 def tool(tmp_path, monkeypatch):
     """The tool on a folder of three configs, two of which have published results."""
-    module = load_tool('tools/analysis_tools/compare_runs.py')
+    module = load_tool(TOOL)
     configs = tmp_path / 'configs'
-    for folder, names, config in (
-        ('detection', (DETECTOR, SWIN), detector_config()),
-        ('segmentation', (SEGMENTOR,), segmentor_config()),
+    boxes, areas = {'box AP': 45.8}, {'mIoU': 48.5, 'mIoU(ms+flip)': 49.4}
+    for folder, (name, *others), config, results in (
+        ('detection', (DETECTOR, SWIN), detector_config(), [boxes, {'mask AP': 41.7}]),
+        ('segmentation', (SEGMENTOR,), segmentor_config(), [areas]),
     ):
         (configs / folder).mkdir(parents=True)
-        for name in names:
-            Config(config).dump(configs / folder / f'{name}.py')
-    for folder, name, results in (
-        ('detection', DETECTOR, [{'box AP': 45.8}, {'mask AP': 41.7}]),
-        ('segmentation', SEGMENTOR, [{'mIoU': 48.5, 'mIoU(ms+flip)': 49.4}]),
-    ):
+        for config_name in (name, *others):
+            Config(config).dump(configs / folder / f'{config_name}.py')
         model = dict(Name=name, Config=f'configs/{folder}/{name}.py')
         model['Metadata'] = {'Results Source': 'the authors, not reproduced here'}
         model['Results'] = [dict(Metrics=metrics) for metrics in results]
@@ -54,12 +40,14 @@ def tool(tmp_path, monkeypatch):
     return module
 
 
-def finished_detector(work_dir, best=(0.45, 0.41), config=None, name=DETECTOR, **others):
+def finished_detector(work_dir, best=(0.45, 0.41), options=(), **others):
     records = []
     for epoch, drop in enumerate((0.15, 0, 0.01), start=1):
         records += [step(100 * epoch - 50, epoch, memory=9000 + epoch), step(100 * epoch, epoch)]
-        records.append(boxes(epoch, best[0] - drop, best[1] - drop))
-    session(work_dir, records, config or detector_config(), name=name, **others)
+        records.append(logs.boxes(epoch, best[0] - drop, best[1] - drop))
+    config = Config(detector_config())
+    config.merge_from_dict(dict(options))
+    session(work_dir, records, config.to_dict(), **others)
 
 
 def markdown_of(tool, rows):
@@ -90,7 +78,7 @@ def test_finished_training_is_held_against_the_published_result(tool, tmp_path):
 
     # Percentages stay percentages.
     records = [step(40), dict(mIoU=47.0, step=40), step(100), dict(mIoU=48.0, step=100)]
-    session(tmp_path / 'other', records, segmentor_config(), name=SEGMENTOR)
+    session(tmp_path / 'other', records, name=SEGMENTOR)
     (row,) = rows_of(tool, tmp_path / 'other')
     assert (row.metric, row.unit, row.state) == ('mIoU', 'iteration', 'finished')
     assert (row.best, row.best_step) == (48.0, 100)
@@ -120,11 +108,8 @@ def test_finished_training_is_held_against_the_published_result(tool, tmp_path):
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else '',
 )
 def test_what_keeps_a_run_from_standing_for_its_experiment(tool, tmp_path, option, altered):
-    config = Config(detector_config())
-    config.merge_from_dict(option)
-    finished_detector(tmp_path / 'run', config=config.to_dict())
+    finished_detector(tmp_path / 'run', options=option)
     box, mask = rows_of(tool, tmp_path / 'run')
-
     assert box.altered == mask.altered == altered
     assert box.gap == pytest.approx(-0.8)
     markdown = markdown_of(tool, [box])
@@ -133,11 +118,9 @@ def test_what_keeps_a_run_from_standing_for_its_experiment(tool, tmp_path, optio
 
 
 def test_many_alterations_are_counted(tool, tmp_path):
-    config = Config(detector_config())
-    config.merge_from_dict({f'model.setting_{i}': i for i in range(9)})
-    finished_detector(tmp_path / 'run', config=config.to_dict(), gpus=1)
+    options = {f'model.setting_{i}': i for i in range(9)}
+    finished_detector(tmp_path / 'run', options=options, gpus=1)
     box, _ = rows_of(tool, tmp_path / 'run')
-
     assert len(box.altered) == 10
     markdown = markdown_of(tool, [box])
     assert 'batch size 2 where the recipe has 16' in markdown
@@ -147,7 +130,6 @@ def test_many_alterations_are_counted(tool, tmp_path):
 def test_unknown_experiment_has_a_row(tool, tmp_path):
     finished_detector(tmp_path / 'run', name='my_own')
     box, _ = rows_of(tool, tmp_path / 'run')
-
     assert (box.experiment, box.published, box.gap) == ('my_own', None, None)
     assert box.best == pytest.approx(45)
     assert box.notes == ['unknown experiment: no config of this name in configs/']
@@ -166,9 +148,8 @@ def test_baselines(tool, tmp_path):
     assert '- Twins-SVT-S' in header
     assert '- Swin-T' not in markdown_of(tool, rows[2:]).splitlines()[0]
 
-    config = detector_config()
-    config['train_cfg']['max_epochs'] = 36
-    finished_detector(tmp_path / 'longer', best=(0.42, 0.4), name=SWIN, config=config)
+    longer = {'train_cfg.max_epochs': 36}
+    finished_detector(tmp_path / 'longer', best=(0.42, 0.4), name=SWIN, options=longer)
     box, *_ = rows_of(tool, tmp_path / DETECTOR, tmp_path / 'longer')
     assert box.incomparable == ['Swin-T']
     assert r'+3.0\*' in markdown_of(tool, [box])
@@ -176,11 +157,15 @@ def test_baselines(tool, tmp_path):
 
 def test_test_with_augmentation_has_its_own_row(tool, tmp_path):
     run, config = tmp_path / 'run', segmentor_config()
-    session(run, [step(100), dict(mIoU=48.0, step=100)], config, name=SEGMENTOR)
-    tests = [('best_mIoU_iter_80.pth', True, 49.0), ('iter_100.pth', True, 48.9)]
-    for day, (checkpoint, tta, value) in enumerate([*tests, ('iter_80.pth', 0, 1)], start=1):
+    session(run, [step(100), dict(mIoU=48.0, step=100)], name=SEGMENTOR)
+
+    def test(day, checkpoint, tta, value):
         options = dict(name=SEGMENTOR, stamp=f'2026020{day}_000000', test=dict(mIoU=value))
-        session(run, [], evaluated(config, checkpoint, tta), **options)
+        session(run, [], logs.evaluated(config, checkpoint, tta), **options)
+
+    test(1, 'best_mIoU_iter_80.pth', True, 49.0)
+    test(2, 'iter_100.pth', True, 48.9)
+    test(3, 'iter_80.pth', False, 1)
     plain, augmented = rows_of(tool, run)
 
     assert (plain.metric, plain.best, plain.published) == ('mIoU', 48.0, 48.5)
@@ -190,8 +175,7 @@ def test_test_with_augmentation_has_its_own_row(tool, tmp_path):
     assert augmented.altered == []
 
     config['tta_pipeline'] = [dict(type='TestTimeAug', transforms=[])]
-    options = dict(name=SEGMENTOR, stamp='20260205_000000', test=dict(mIoU=50.0))
-    session(run, [], evaluated(config, 'iter_100.pth', tta=True), **options)
+    test(5, 'iter_100.pth', True, 50.0)
     assert rows_of(tool, run)[1].altered == ['tta_pipeline.0.transforms=[]']
 
 
@@ -201,7 +185,6 @@ def test_folder_of_work_dirs_and_several_runs_of_one_experiment(tool, tmp_path):
     finished_detector(root / 'b', best=(0.4, 0.4))
     (root / 'no_training').mkdir()
     rows = rows_of(tool, root, root / 'a')
-
     assert [Path(row.work_dir).name for row in rows] == ['a', 'a', 'b', 'b']
     markdown = markdown_of(tool, rows)
     assert f'{DETECTOR} [{root / "b"}]' in markdown
@@ -210,8 +193,8 @@ def test_folder_of_work_dirs_and_several_runs_of_one_experiment(tool, tmp_path):
 def test_files(tool, tmp_path, monkeypatch, capsys):
     finished_detector(tmp_path / 'ours')
     finished_detector(tmp_path / 'swin', best=(0.42, 0.4), name=SWIN)
-    command = [str(TOOL), str(tmp_path / 'ours'), str(tmp_path / 'swin'), '--out']
-    monkeypatch.setattr(sys, 'argv', [*command, str(tmp_path / 'out')])
+    words = [TOOL, tmp_path / 'ours', tmp_path / 'swin', '--out', tmp_path / 'out']
+    monkeypatch.setattr('sys.argv', [str(word) for word in words])
     tool.main()
     printed = capsys.readouterr().out
 
@@ -260,10 +243,9 @@ def test_plot_has_a_dashed_line_at_the_published_result(tool, tmp_path, monkeypa
 
 
 def test_nothing_to_plot(tool, tmp_path, capsys):
-    session(tmp_path / 'run', [], detector_config(), name=DETECTOR)
+    session(tmp_path / 'run', [])
     rows, runs = tool.read_rows([tmp_path / 'run'])
     tool.write(rows, runs, '', tmp_path / 'out')
-
     assert 'no evaluation to plot yet' in capsys.readouterr().out
     assert not (tmp_path / 'out' / 'runs.png').exists()
 
@@ -282,12 +264,11 @@ def test_wrong_folders(call, tmp_path):
 def test_one_unreadable_run_does_not_hide_the_others(tool, tmp_path):
     finished_detector(tmp_path / 'good')
     finished_detector(tmp_path / 'mixed')
-    finished_detector(tmp_path / 'mixed', name=SWIN, stamp='20260102_000000')
+    finished_detector(tmp_path / 'mixed', name=SWIN, stamp=LATER)
     finished_detector(tmp_path / 'damaged')
-    log = tmp_path / 'damaged' / STAMP / 'vis_data' / 'scalars.json'
+    (log,) = (tmp_path / 'damaged').glob('*/vis_data/scalars.json')
     log.write_text('{"loss": \n' + log.read_text())
     rows = rows_of(tool, *(tmp_path / name for name in ('good', 'mixed', 'damaged')))
-
     assert [row.state for row in rows] == ['finished', 'finished', 'unreadable', 'unreadable']
     assert f'runs of several configs ({DETECTOR}, {SWIN})' in rows[2].notes[0]
     assert 'scalars.json, line 1: not a JSON object' in rows[3].notes[0]

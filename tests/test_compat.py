@@ -4,12 +4,12 @@
 import importlib
 import importlib.metadata
 import json
-import subprocess
 import sys
 
 import mmcv
 import mmengine
 import pytest
+from jobs import ROOT, run
 
 from mmscalablevit import compat
 
@@ -75,16 +75,10 @@ print(json.dumps([imported, before, state()]))
 """
 
 
-def python(code):
+def python(code, expect=0):
     """Run code in a fresh interpreter and return its last line of output."""
-    done = subprocess.run(
-        [sys.executable, '-W', 'ignore', '-c', code],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=120,
-    )
-    return done.stdout.strip().splitlines()[-1]
+    command = [sys.executable, '-W', 'ignore', '-c', code]
+    return run(command, ROOT, None, expect).strip().splitlines()[-1]
 
 
 def test_import_loads_no_toolbox_and_changes_nothing_but_its_own_registrations():
@@ -114,7 +108,7 @@ def test_import_loads_no_toolbox_and_changes_nothing_but_its_own_registrations()
 
 @pytest.mark.parametrize('name', ['mmengine', 'mmcv'])
 def test_missing_dependency_is_one_sentence_that_says_what_to_install(name):
-    message = python(f'import sys; sys.modules[{name!r}] = None; import mmscalablevit')
+    message = python(f'import sys; sys.modules[{name!r}] = None; import mmscalablevit', 1)
     assert message.startswith(f'ImportError: mmscalablevit needs {name}>=')
     assert f'onedl-{name}' in message
 
@@ -166,7 +160,6 @@ def test_two_families_in_one_environment_are_named(versions, recwarn):
 )
 def test_torchvision_that_fits(versions, torch_version, wanted):
     versions['torch'] = torch_version
-
     assert compat.torchvision_requirement() == wanted
 
 
@@ -198,5 +191,4 @@ def test_torchvision_that_does_not_fit_is_named_with_the_cure(
 def test_missing_torchvision_is_named(versions, monkeypatch):
     versions['torch'] = '2.14.1'
     monkeypatch.setitem(sys.modules, 'torchvision', None)
-
     assert compat.torchvision_fault().startswith('torchvision is not installed: `pip install')

@@ -2,7 +2,6 @@
 """Several processes: they train as one, end together, and count images once."""
 
 import contextlib
-import itertools
 import json
 import os
 import re
@@ -19,7 +18,8 @@ import mmengine
 import numpy as np
 import pytest
 import torch
-from jobs import ROOT, TESTS, draw_shapes, run, run_tool, scalars
+from doc_blocks import LOADERS
+from jobs import ROOT, TESTS, draw_shapes, long, run, run_tool, scalars
 from mmengine.config import Config
 from test_config_models import build
 from test_tools import SEGMENTOR, TOOLS
@@ -117,15 +117,15 @@ def by_two(script, folder, environment, *arguments):
 def losses_by_iteration(work_dir):
     """Images of each iteration, and its losses averaged over the ranks."""
     steps = {}
-    for path in sorted(Path(work_dir).glob('rank*.jsonl')):
+    for path in work_dir.glob('rank*.jsonl'):
         for line in map(json.loads, path.read_text().splitlines()):
-            steps.setdefault(line['iter'], []).append(line)
+            images, losses = steps.setdefault(line['iter'], ([], {}))
+            images.extend(line['images'])
+            for key, value in line['losses'].items():
+                losses.setdefault(key, []).append(value)
     return [
-        (
-            sorted(itertools.chain(*(line['images'] for line in lines))),
-            {key: np.mean([line['losses'][key] for line in lines]) for key in lines[0]['losses']},
-        )
-        for _, lines in sorted(steps.items())
+        (sorted(images), {key: np.mean(values) for key, values in losses.items()})
+        for _, (images, losses) in sorted(steps.items())
     ]
 
 
@@ -141,34 +141,9 @@ def weight_difference(one, two):
     )
 
 
-def differences(one, two):
-    """Greatest relative differences of two trainings, in a loss and in a parameter's norm."""
-    pairs = list(zip(losses_by_iteration(one), losses_by_iteration(two), strict=True))
-    loss = 0.0
-    for (images, alone), (shared, together) in pairs:
-        assert images == shared
-        assert alone.keys() == together.keys()
-        # An accuracy is a count, and a nearly even choice may fall otherwise.
-        keys = [key for key in alone if 'loss' in key]
-        loss = max(loss, *(abs(together[key] / alone[key] - 1) for key in keys))
-    return len(pairs), loss, weight_difference(one, two)
-
-
-def train_by_one_and_two(config, folder, environment):
-    """Train with one process, and with two that have half of the batch each."""
-    name = Path(config).stem
-    one, two = f'{name} by one', f'{name} by two'
-    run_tool([TOOLS / 'train.py', config, '--work-dir', one], folder)
-    options = ['--work-dir', two, '--cfg-options', 'train_dataloader.batch_size=2']
-    by_two('dist_train.sh', folder, environment, config, 2, *options)
-    assert len(list((folder / two).glob('rank*.jsonl'))) == 2
-    return folder / one, folder / two
-
-
 def evaluate_by_one_and_two(config, checkpoint, out, folder, environment, *options):
     """Test with one process and with two; their metrics, and where their predictions are."""
     name = f'{Path(config).stem} {checkpoint.parent.name}'
-    options = [*options] and ['--cfg-options', *options]
     metrics, outs = [], []
     for number in ('one', 'two'):
         work_dir = f'{name} tested by {number}'
@@ -183,20 +158,25 @@ def evaluate_by_one_and_two(config, checkpoint, out, folder, environment, *optio
 
 
 @pytest.mark.parametrize(
-    'config',
-    [
-        'segmentor_sgd.py',
-        *(
-            pytest.param(f'{x}.py', marks=pytest.mark.long)
-            for x in ('segmentor_adamw', 'detector_sgd')
-        ),
-    ],
+    'config', ['segmentor_sgd.py', *map(long, ('segmentor_adamw.py', 'detector_sgd.py'))]
 )
 def test_two_processes_train_as_one(config, folder, environment):
-    count, loss, weight = differences(*train_by_one_and_two(config, folder, environment))
+    one, two = folder / f'{config} by one', folder / f'{config} by two'
+    run_tool([TOOLS / 'train.py', config, '--work-dir', one], folder)
+    half = ['--cfg-options', 'train_dataloader.batch_size=2']
+    by_two('dist_train.sh', folder, environment, config, 2, '--work-dir', two, *half)
+    assert len(list(two.glob('rank*.jsonl'))) == 2
 
-    print(f'{config}, {count} iterations: losses within {loss:.1e}, weights within {weight:.1e}')
-    assert count == 10
+    losses = []
+    steps = list(zip(losses_by_iteration(one), losses_by_iteration(two), strict=True))
+    for (images, alone), (shared, together) in steps:
+        assert images == shared
+        assert alone.keys() == together.keys()
+        # An accuracy is a count, and a nearly even choice may fall otherwise.
+        losses += [abs(together[key] / alone[key] - 1) for key in alone if 'loss' in key]
+    loss, weight = max(losses), weight_difference(one, two)
+    print(f'{config}: losses within {loss:.1e}, weights within {weight:.1e}')
+    assert len(steps) == 10
     assert loss < 1e-4
     assert weight < 1e-3 or 'adamw' in config
 
@@ -211,9 +191,8 @@ def weights(folder):
 
 
 def test_two_processes_count_every_image_once(weights, folder, environment):
-    (alone, together), outs = evaluate_by_one_and_two(
-        'segmentor_sgd.py', weights, ' maps', folder, environment
-    )
+    arguments = 'segmentor_sgd.py', weights, ' maps', folder, environment
+    (alone, together), outs = evaluate_by_one_and_two(*arguments)
     for key in ('aAcc', 'mIoU', 'mAcc'):
         assert alone[key] > 0
         assert together[key] == pytest.approx(alone[key], abs=0.02)
@@ -237,11 +216,9 @@ def learned(folder):
 @pytest.mark.long
 @pytest.mark.parametrize('batch_size', [1, 2])
 def test_two_processes_count_every_detection_once(batch_size, learned, folder, environment):
-    option = f'test_dataloader.batch_size={batch_size}'
-    out = f' {batch_size}.pkl'
-    (alone, together), files = evaluate_by_one_and_two(
-        'learned.py', learned, out, folder, environment, option
-    )
+    options = ['--cfg-options', f'test_dataloader.batch_size={batch_size}']
+    arguments = 'learned.py', learned, f' {batch_size}.pkl', folder, environment, *options
+    (alone, together), files = evaluate_by_one_and_two(*arguments)
     keys = [key for key in alone if key.startswith('coco/')]
     assert len(keys) == 12
     for key in keys:
@@ -264,10 +241,8 @@ def test_two_processes_count_every_detection_once(batch_size, learned, folder, e
 def test_validation_of_two_processes_is_that_of_their_checkpoint(folder, environment):
     # With BN, of which each process has statistics of its own.
     by_two('dist_train.sh', folder, environment, SEGMENTOR, 2, '--work-dir', 'normed')
-    (tested, _), _ = evaluate_by_one_and_two(
-        SEGMENTOR, folder / 'normed' / 'iter_4.pth', ' maps', folder, environment
-    )
-
+    arguments = SEGMENTOR, folder / 'normed' / 'iter_4.pth', ' maps', folder, environment
+    (tested, _), _ = evaluate_by_one_and_two(*arguments)
     validated = scalars(folder / 'normed')[1][-1]
     print({key: (validated[key], tested[key]) for key in ('aAcc', 'mIoU', 'mAcc')})
     for key in ('aAcc', 'mIoU', 'mAcc'):
@@ -315,19 +290,13 @@ class Job:
         return not self.reader.is_alive() and self.process.poll() is not None
 
 
-WORKERS = [
-    f'{loader}_dataloader.{option}'
-    for loader in ('train', 'val', 'test')
-    for option in ('num_workers=1', 'persistent_workers=True')
-]
-
-
 def end_one_rank(folder, environment, rank, stage, *checkpoint, raises=False):
     """Start two processes of which a hook ends one; the job, and how long the other lived on."""
     work_dir = folder / f'rank {rank} ends in {stage}{raises}'
     hook = dict(type='EndRank', rank=rank, stage=stage, raises=raises)
     # With workers of the data loaders, which must end, too.
-    options = ['--work-dir', work_dir, '--cfg-options', *WORKERS, 'train_cfg.val_interval=5']
+    workers = [option.replace('=0', '=1').replace('False', 'True') for option in LOADERS]
+    options = ['--work-dir', work_dir, '--cfg-options', *workers, 'train_cfg.val_interval=5']
     options += [f'custom_hooks.0.{key}={value}' for key, value in hook.items()]
     script = TOOLS / ('dist_test.sh' if checkpoint else 'dist_train.sh')
     job = Job([script, 'segmentor_sgd.py', *checkpoint, 2, *options], folder, environment)
@@ -343,8 +312,8 @@ def end_one_rank(folder, environment, rank, stage, *checkpoint, raises=False):
     ('rank', 'stage'),
     [
         (1, 'train'),
-        *(pytest.param(0, stage, marks=pytest.mark.long) for stage in ('train', 'val', 'test')),
-        *(pytest.param(1, stage, marks=pytest.mark.long) for stage in ('val', 'test')),
+        *(long(0, stage) for stage in ('train', 'val', 'test')),
+        *(long(1, stage) for stage in ('val', 'test')),
     ],
 )
 def test_a_killed_rank_ends_the_job(rank, stage, folder, environment, weights):

@@ -1,5 +1,5 @@
 # Copyright (c) mmscalablevit contributors. All rights reserved.
-"""The pages: their commands run or are read by the tools' parsers; the site builds cleanly."""
+"""The pages: commands run or are read by the tools' parsers, links resolve, figures are right."""
 
 import ast
 import glob
@@ -13,16 +13,24 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from doc_blocks import LOADERS, ROOT, read_blocks, run_commands
+from test_metafiles import MODEL_ENTRIES, TASKS, metrics
 
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
-FOLDERS = sorted((ROOT / 'configs').glob('**/README.md'))
+ALL = sorted(
+    path for pattern in ('*.md', 'configs/**/*.md', 'docs/**/*.md') for path in ROOT.glob(pattern)
+)
 SHELL = [
     (page.relative_to(ROOT), number, block)
-    for page in [*PAGES, *FOLDERS, ROOT / 'CONTRIBUTING.md']
+    for page in ALL
     for number, block in enumerate(read_blocks(page))
     if block.language == 'bash'
 ]
+FOLDERS = ('detection', 'segmentation', 'classification', 'demo')
+LINK = re.compile(r'\[[^]]*\]\(([^)\s]+)\)')
+# Metadata and metrics by config.
+PUBLISHED = {model['Config']: (model['Metadata'], metrics(model)) for model in MODEL_ENTRIES}
 # The tools behind the launchers, and what these pass on.
 LAUNCHERS = {
     'dist_train.sh': ('tools/train.py', lambda config, gpus, *rest: [config, *rest]),
@@ -41,7 +49,6 @@ SHORT = {
 def own_test(page):
     """Whether another test runs the tested blocks of a page."""
     others = set((ROOT / 'tests').glob('test_*.py')) - {Path(__file__)}
-    others.discard(ROOT / 'tests' / 'test_readmes.py')
     return any(f"'{page.name}'" in test.read_text() for test in others)
 
 
@@ -149,28 +156,22 @@ def check_tool(command, monkeypatch, capsys):
 def test_tested_blocks_run(page, tmp_path):
     for part in ('tools', 'configs', 'demo'):
         (tmp_path / part).symlink_to(ROOT / part)
-    to_run = []
+    to_run, expected = [], []
     for number, block in enumerate(read_blocks(page)):
-        if block.mark != 'tested':
-            continue
         if block.kind == 'python':
-            script = tmp_path / f'block{number}.py'
-            script.write_text(block.text)
-            to_run.append([str(script)])
-            continue
-        assert block.kind == 'commands', f'{block.kind} needs a test of its own for {page.name}'
-        for python, *command in words(block.text):
-            assert python == 'python', f'{python} needs a test of its own for {page.name}'
-            to_run.append([*command, *SHORT.get(Path(command[0]).name, [])])
+            (tmp_path / f'block{number}.py').write_text(block.text)
+            to_run.append([f'block{number}.py'])
+            # What a closing comment says it prints.
+            expected += re.findall(r'^print\(.*\)\n# (.*)$', block.text, re.MULTILINE)
+        elif block.mark == 'tested':
+            assert block.kind == 'commands', f'{block.kind} needs a test of its own for {page.name}'
+            for python, *command in words(block.text):
+                assert python == 'python', f'{python} needs a test of its own for {page.name}'
+                to_run.append([*command, *SHORT.get(Path(command[0]).name, [])])
 
     printed = run_commands(to_run, tmp_path)
 
-    assert len(printed) == len(to_run)
-    for block in read_blocks(page):
-        if block.mark == 'tested' and block.kind == 'python':
-            # What a closing comment says it prints.
-            for expected in re.findall(r'^print\(.*\)\n# (.*)$', block.text, re.MULTILINE):
-                assert any(expected in text for text in printed)
+    assert [text for text in expected if not any(text in said for said in printed)] == []
 
 
 def test_model_zoo_is_up_to_date():
@@ -185,3 +186,92 @@ def test_every_claim_on_reliability_has_its_test():
     assert len(named) > 20
     for file, function in named:
         assert f'def {function}(' in (ROOT / 'tests' / file).read_text(), f'{file}::{function}'
+
+
+def without_code(text):
+    return re.sub(r'```.*?```', '', text, flags=re.DOTALL)
+
+
+def anchors(path):
+    """The anchors that GitHub gives to headings."""
+    headings = re.findall(r'^#+ (.+)$', without_code(path.read_text()), flags=re.MULTILINE)
+    return {re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-') for heading in headings}
+
+
+def rows(path):
+    """The rows of every table that name a config: its path and its cells by column."""
+    header = None
+    for line in path.read_text().splitlines():
+        if not line.startswith('|'):
+            header = None
+            continue
+        cells = [cell.strip() for cell in line.strip('|').split('|')]
+        if header is None:
+            header = cells
+        elif LINK.search(cells[0]) and LINK.search(cells[0])[1].endswith('.py'):
+            yield LINK.search(cells[0])[1], dict(zip(header, cells, strict=True))
+
+
+ROWS = [
+    (folder, config, cells)
+    for folder in FOLDERS
+    for config, cells in rows(ROOT / 'configs' / folder / 'README.md')
+]
+
+
+@pytest.mark.parametrize('page', ALL, ids=lambda page: str(page.relative_to(ROOT)))
+def test_relative_links_resolve(page):
+    for target in LINK.findall(without_code(page.read_text())):
+        if '://' in target:
+            continue
+        name, _, anchor = target.partition('#')
+        path = page.parent / name if name else page
+        assert path.exists(), target
+        if anchor:
+            assert anchor in anchors(path), target
+
+
+@pytest.mark.parametrize('folder', FOLDERS)
+def test_every_config_is_linked(folder):
+    linked = LINK.findall((ROOT / 'configs' / folder / 'README.md').read_text())
+    configs = {path.name for path in (ROOT / 'configs' / folder).glob('*.py')}
+
+    assert configs
+    assert configs - set(linked) == set()
+
+
+@pytest.mark.parametrize(
+    ('folder', 'config', 'cells'), ROWS, ids=[f'{folder}/{config}' for folder, config, _ in ROWS]
+)
+def test_figures_are_those_of_the_metafile(folder, config, cells):
+    metadata, wanted = PUBLISHED[f'configs/{folder}/{config}']
+    columns = {column.replace(' ms+flip', '(ms+flip)'): cell for column, cell in cells.items()}
+    said = {column: float(x) for column, x in columns.items() if column in TASKS and x != '-'}
+
+    assert said == wanted
+    if 'Params' in cells:
+        assert float(cells['Params']) == pytest.approx(metadata['Parameters'] / 1e6, abs=0.06)
+    if cells.get('GFLOPs') and 'FLOPs' in metadata:
+        assert float(cells['GFLOPs']) == pytest.approx(metadata['FLOPs'] / 1e9, rel=0.01)
+
+
+@pytest.mark.parametrize('folder', ['detection', 'segmentation', 'classification'])
+def test_published_results_are_marked(folder):
+    text = (ROOT / 'configs' / folder / 'README.md').read_text()
+
+    assert '**published by the authors, not reproduced here**' in text
+    assert '**inferred**' in text.lower()
+
+
+def test_citation_is_of_this_version():
+    cited = yaml.safe_load((ROOT / 'CITATION.cff').read_text())
+
+    assert f"'{cited['version']}'" in (ROOT / 'mmscalablevit' / 'version.py').read_text()
+    title = cited['preferred-citation']['title']
+    assert f'title={{{title}}}' in (ROOT / 'README.md').read_text()
+
+
+def test_no_page_names_a_file_of_this_machine():
+    pages = ' '.join(page.read_text() for page in ALL)
+
+    assert not re.search(r'/(tmp|root|home)/', pages)

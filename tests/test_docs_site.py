@@ -12,6 +12,7 @@ from urllib.parse import quote
 
 import pytest
 from doc_blocks import ROOT, environment
+from jobs import run
 
 PAGES = sorted((ROOT / 'docs').glob('*.md'))
 CHROMIUM = shutil.which('chromium') or shutil.which('google-chrome')
@@ -85,16 +86,9 @@ def site(tmp_path_factory):
     """The built site, and what its building said."""
     pytest.importorskip('mkdocs', reason='the site is built with the extra "docs"')
     folder = tmp_path_factory.mktemp('site')
-    process = subprocess.run(
-        [sys.executable, '-m', 'mkdocs', 'build', '--strict', '--site-dir', str(folder)],
-        cwd=ROOT,
-        env={**environment(), 'NO_MKDOCS_2_WARNING': '1', 'REPO_URL': 'https://example.org/code'},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert process.returncode == 0, process.stdout
-    return folder, process.stdout
+    variables = {'NO_MKDOCS_2_WARNING': '1', 'REPO_URL': 'https://example.org/code'}
+    command = [sys.executable, '-m', 'mkdocs', 'build', '--strict', '--site-dir', folder]
+    return folder, run(command, ROOT, {**environment(), **variables})
 
 
 @pytest.fixture(scope='module')

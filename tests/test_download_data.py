@@ -3,9 +3,6 @@
 
 import hashlib
 import io
-import json
-import os
-import subprocess
 import sys
 import threading
 import time
@@ -14,27 +11,35 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
-from jobs import ROOT, load_tool, write_image, write_map
+from jobs import ROOT, load_tool, start_tool, write_image, write_map
 from PIL import Image
 
 from mmscalablevit.errors import UserError
 
 TOOL = ROOT / 'tools' / 'dataset_converters' / 'download_data.py'
-CHILD = f"""
-import json, sys
-sys.path.insert(0, {str(TOOL.parent)!r})
-import download_data
-download_data.ARCHIVES.update(json.loads(sys.argv.pop(1)))
-download_data.main()
-"""
 
 
 @pytest.fixture
 def tool(monkeypatch):
     monkeypatch.syspath_prepend(str(TOOL.parent))
-    module = load_tool('tools/dataset_converters/download_data.py')
+    module = load_tool(TOOL)
     monkeypatch.setattr(module, 'WAIT', 0)
     return module
+
+
+@pytest.fixture
+def main(tool, monkeypatch):
+    """The tool's command line, where a data set is these archives; the exit code."""
+
+    def main(name, archives, folder):
+        monkeypatch.setitem(tool.ARCHIVES, name, archives)
+        monkeypatch.setattr(sys, 'argv', ['download_data.py', name, '--dir', str(folder)])
+        try:
+            tool.main()
+        except SystemExit as ended:
+            return ended.code
+
+    return main
 
 
 class Server(ThreadingHTTPServer):
@@ -96,75 +101,62 @@ def random_bytes(size):
     return np.random.default_rng(0).bytes(size)
 
 
-def published(server, **contents):
-    """The archives of the tool, served from here."""
-    archives = {}
-    for name, content in contents.items():
-        server.files[f'{name}.zip'] = content
-        digest = hashlib.sha256(content).hexdigest()
-        archives[server.address(f'{name}.zip')] = (len(content), digest)
-    return archives
+def published(server, name, content):
+    """The archive of a data set, served from here."""
+    server.files[name] = content
+    return {server.address(name): (len(content), hashlib.sha256(content).hexdigest())}
 
 
-def label_maps(tmp_path):
-    """ADE20K's layout of two images a split."""
-    for split in ('training', 'validation'):
-        for i in (1, 2):
-            write_image(tmp_path / f'images/{split}/{i}.jpg')
-            labels = np.resize(np.uint8([0, 1, 150]), (30, 40))
-            write_map(tmp_path / f'annotations/{split}/{i}.png', labels)
-    files = [path for path in tmp_path.rglob('*') if path.is_file()]
-    return {f'ADEChallengeData2016/{x.relative_to(tmp_path)}': x.read_bytes() for x in files}
+def files_of(folder, prefix):
+    """What an archive of a folder holds."""
+    files = [path for path in folder.rglob('*') if path.is_file()]
+    return {f'{prefix}/{path.relative_to(folder)}': path.read_bytes() for path in files}
 
 
-def test_download_unpack_and_check(tool, server, tmp_path, monkeypatch, capfd):
-    files = label_maps(tmp_path / 'drawn')
-    archives = published(server, ADEChallengeData2016=archive(files))
-    monkeypatch.setitem(tool.ARCHIVES, 'ade20k', archives)
-    monkeypatch.setattr(sys, 'argv', ['download_data.py', 'ade20k', '--dir', str(tmp_path / 'ade')])
+def test_download_unpack_and_check(tool, main, server, tmp_path, monkeypatch, capfd):
+    drawn = tmp_path / 'drawn'
+    for name in ('training/1', 'training/2', 'validation/1', 'validation/2'):
+        write_image(drawn / f'images/{name}.jpg')
+        write_map(drawn / f'annotations/{name}.png', np.resize(np.uint8([0, 1, 150]), (30, 40)))
+    files = files_of(drawn, 'ADEChallengeData2016')
+    archives = published(server, 'ADEChallengeData2016.zip', archive(files))
     monkeypatch.setenv('PYTHONPATH', str(ROOT))
-    with pytest.raises(SystemExit) as ended:
-        tool.main()
+    code = main('ade20k', archives, tmp_path / 'ade')
 
     said = capfd.readouterr().out
-    assert ended.value.code == 0, said
-    assert '2 images with masks, 150 classes' in said
+    assert code == 0, said
+    for split, count in (('train', 20210), ('val', 2000)):
+        wanted = f'the official set has {count} images: 2 images with masks, 150 classes'
+        assert f'warning: {wanted}' in said.split(f'{split}_dataloader', 1)[1]
     assert all((tmp_path / 'ade' / name).read_bytes() == x for name, x in files.items())
     assert not list((tmp_path / 'ade').glob('ADE*.zip*'))
     # A second call downloads nothing.
     monkeypatch.setattr(tool.subprocess, 'call', lambda command: 0)
-    with pytest.raises(SystemExit):
-        tool.main()
+    assert main('ade20k', archives, tmp_path / 'ade') == 0
     assert len(server.sent) == 1
 
 
-def test_killed_half_way_and_continued(tool, server, tmp_path, monkeypatch):
+def test_killed_half_way_and_continued(tool, main, server, tmp_path, monkeypatch):
     content = archive({'images/a.bin': random_bytes(2**23)})
-    archives = published(server, train=content)
+    archives = published(server, 'train.zip', content)
     server.pause = 0.02
-    arguments = ['download_data.py', 'coco', '--dir', str(tmp_path)]
-    child = subprocess.Popen(
-        [sys.executable, '-c', CHILD, json.dumps(dict(coco=archives)), *arguments[1:]],
-        env={**os.environ, 'PYTHONPATH': str(ROOT)},
-        stderr=subprocess.PIPE,
-    )
-    part = tmp_path / 'train.zip.part'
+    code = f'import download_data as tool; tool.ARCHIVES["coco"] = {archives}; tool.main()'
+    start = f'import sys; sys.argv[1:] = ["coco"]; sys.path.insert(0, {str(TOOL.parent)!r}); '
+    child = start_tool(['-c', start + code], tmp_path, tmp_path / 'log')
+    part = tmp_path / 'data' / 'coco' / 'train.zip.part'
     while not (part.exists() and part.stat().st_size > 2**20):
-        assert child.poll() is None, child.stderr.read().decode()
+        assert child.is_alive(), (tmp_path / 'log').read_text()
         time.sleep(0.01)
     child.kill()
-    child.communicate()
+    child.join()
     there = part.stat().st_size
     assert there < len(content)
 
     server.pause = 0
-    monkeypatch.setitem(tool.ARCHIVES, 'coco', archives)
     monkeypatch.setattr(tool.subprocess, 'call', lambda command: 0)
-    monkeypatch.setattr(sys, 'argv', arguments)
-    with pytest.raises(SystemExit):
-        tool.main()
+    assert main('coco', archives, part.parent) == 0
     assert server.sent[-1] == (206, there, len(content) - there)
-    assert (tmp_path / 'images/a.bin').read_bytes() == random_bytes(2**23)
+    assert (part.parent / 'images/a.bin').read_bytes() == random_bytes(2**23)
 
 
 def test_broken_connections_are_tried_again(tool, server, tmp_path):
@@ -181,14 +173,11 @@ def test_broken_connections_are_tried_again(tool, server, tmp_path):
         tool.download(server.address('x.zip'), tmp_path / 'y.zip', len(content))
     assert (tmp_path / 'y.zip.part').stat().st_size == tool.TRIES * 2**16
 
-
-def test_server_without_ranges(tool, server, tmp_path):
-    content = random_bytes(2**20)
-    server.files['x.zip'], server.ranges = content, False
-    (tmp_path / 'x.zip.part').write_bytes(b'something else')
-    tool.download(server.address('x.zip'), tmp_path / 'x.zip', len(content))
-
-    assert (tmp_path / 'x.zip').read_bytes() == content
+    # A server that sends no parts.
+    server.break_after, server.ranges = None, False
+    (tmp_path / 'z.zip.part').write_bytes(b'something else')
+    tool.download(server.address('x.zip'), tmp_path / 'z.zip', len(content))
+    assert (tmp_path / 'z.zip').read_bytes() == content
 
 
 def test_wrong_content(tool, server, tmp_path):
@@ -203,17 +192,15 @@ def test_wrong_content(tool, server, tmp_path):
     assert not (tmp_path / 'x.zip').exists()
 
 
-@pytest.mark.parametrize('damage', ['cut', 'byte'])
-def test_damaged_archive(damage, tool, tmp_path):
-    content = bytearray(archive({'a.bin': random_bytes(5000)}))
-    if damage == 'cut':
-        content = content[:3000]
-    else:
-        content[1000] ^= 1
-    (tmp_path / 'x.zip').write_bytes(content)
-    with pytest.raises(UserError, match='is damaged'):
-        tool.unpack(tmp_path / 'x.zip', tmp_path / 'out')
-    assert not (tmp_path / 'x.zip').exists()
+def test_damaged_archive(tool, tmp_path):
+    whole = archive({'a.bin': random_bytes(5000)})
+    changed = bytearray(whole)
+    changed[1000] ^= 1
+    for content in (whole[:3000], changed):
+        (tmp_path / 'x.zip').write_bytes(content)
+        with pytest.raises(UserError, match='is damaged'):
+            tool.unpack(tmp_path / 'x.zip', tmp_path / 'out')
+        assert not (tmp_path / 'x.zip').exists()
 
 
 def test_an_interrupted_unpacking_is_completed(tool, tmp_path):
@@ -236,32 +223,23 @@ def test_a_disk_that_is_too_small_is_refused(tool, server, tmp_path, monkeypatch
         tool.download(server.address('x.zip'), tmp_path / 'x.zip', 1000)
 
 
-def png(pixels):
-    content = io.BytesIO()
-    Image.fromarray(pixels).save(content, 'PNG')
-    return content.getvalue()
-
-
-def test_small_sets_are_laid_out_for_train_all(tool, server, tmp_path, monkeypatch):
-    layouts = tool.small_data
+def test_small_sets_are_laid_out_for_train_all(tool, main, server, tmp_path):
+    drawn, layouts = tmp_path / 'drawn', tool.small_data
     photograph, (first, second) = np.full((4, 6, 3), 99, np.uint8), np.eye(2, 24, dtype=np.uint8)
-    files = dict(camvid={}, nuclei={}, bccd={'BCCD/ImageSets/Main/val.txt': b'a'})
-    for folder in ('JPEGImages', 'Annotations'):
-        files['bccd'][f'BCCD/{folder}/a'] = b'x'
+    for path in ('ImageSets/Main/val.txt', 'JPEGImages/a', 'Annotations/a'):
+        (drawn / 'bccd/BCCD' / path).parent.mkdir(parents=True)
+        (drawn / 'bccd/BCCD' / path).write_bytes(b'a')
     for split in ('train', 'val', 'test'):
-        files['camvid'][f'CamVid/{split}/a.png'] = png(photograph)
-        files['camvid'][f'CamVid/{split}annot/a.png'] = png(photograph[..., 0])
+        write_map(drawn / f'camvid/CamVid/{split}/a.png', photograph)
+        write_map(drawn / f'camvid/CamVid/{split}annot/a.png', photograph[..., 0])
     names = (layouts.NUCLEI_VAL.split()[0], layouts.NUCLEI_TEST.split()[0], 'another')
-    for name in names:
-        files['nuclei'][f'stage1_train/{name}/images/{name}.png'] = png(photograph)
+    for folder in (drawn / 'nuclei/stage1_train' / name for name in names):
+        write_map(folder / f'images/{folder.name}.png', photograph)
         for i, mask in enumerate((first, second)):
-            mask = png(255 * mask.reshape(4, 6))
-            files['nuclei'][f'stage1_train/{name}/masks/{i}.png'] = mask
-    for name, content in files.items():
-        server.files[name] = archive({f'main/{path}': data for path, data in content.items()})
-        monkeypatch.setitem(tool.ARCHIVES, name, {server.address(name): (0, '')})
-        monkeypatch.setattr(sys, 'argv', ['download_data.py', name, '--dir', str(tmp_path / name)])
-        tool.main()
+            write_map(folder / f'masks/{i}.png', 255 * mask.reshape(4, 6))
+    for name in ('bccd', 'camvid', 'nuclei'):
+        server.files[name] = archive(files_of(drawn / name, 'main'))
+        main(name, {server.address(name): (0, '')}, tmp_path / name)
 
     assert (tmp_path / 'bccd/ImageSets/Main/val.txt').read_bytes() == b'a'
     assert Image.open(tmp_path / 'camvid/val/a.jpg').size == (6, 4)

@@ -1,9 +1,6 @@
 # Copyright (c) mmscalablevit contributors. All rights reserved.
 """Hostile checkpoints given to every command line, and to the tools of mmseg."""
 
-import runpy
-import sys
-
 import pytest
 import torch
 from hostile import WEIGHTS, Payload
@@ -25,13 +22,8 @@ def workspace(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('SHAPES_ROOT', str(folder / 'shapes'))
         cfg = Config.fromfile(SEGMENTOR)
-        init_default_scope(cfg.default_scope)
-        torch.manual_seed(0)
-        state = MODELS.build(cfg.model).state_dict()
-    (folder / 'pretrained.py').write_text(
-        f'_base_ = {str(SEGMENTOR)!r}\n'
-        "model = dict(backbone=dict(init_cfg=dict(_delete_=True, type='Pretrained')))\n"
-    )
+    init_default_scope(cfg.default_scope)
+    state = MODELS.build(cfg.model).state_dict()
     meta = dict(epoch=0, iter=2, dataset_meta=cfg.test_dataloader.dataset.metainfo.to_dict())
     hub = dict(log_scalars={}, runtime_info={}, resumed_keys={})
     torch.save(dict(meta=meta, state_dict=state, message_hub=hub), folder / 'whole.pth')
@@ -40,8 +32,6 @@ def workspace(tmp_path_factory):
 
 KEY = 'decode_head.conv_seg.weight'
 IMAGES = 'shapes/images/validation'
-
-
 # What is said of each kind of file.
 REASONS = {
     'truncated': 'is damaged or no checkpoint',
@@ -80,8 +70,8 @@ COMMANDS = {
     'tools/test.py CONFIG FILE --work-dir out': 'poisoned other',
     RESUME: 'flipped doubled',
     'tools/train.py CONFIG --work-dir out --cfg-options load_from=FILE': 'poisoned',
-    'tools/train.py pretrained.py --work-dir out --cfg-options '
-    'model.backbone.init_cfg.checkpoint=FILE': 'other',
+    'tools/train.py CONFIG --work-dir out --cfg-options model.backbone.init_cfg._delete_=True '
+    'model.backbone.init_cfg.type=Pretrained model.backbone.init_cfg.checkpoint=FILE': 'other',
     f'demo/image_demo.py {IMAGES} CONFIG FILE --out-dir out': ' '.join(REASONS),
     f'tools/analysis_tools/visualize_backbone.py {IMAGES}/000001.jpg --config CONFIG '
     '--checkpoint FILE --out-dir out': 'truncated code other',
@@ -92,15 +82,17 @@ COMMANDS = {
 }
 
 
-def refusal(monkeypatch, workspace, command, file):
-    """The sentence with which a command line ends."""
+@pytest.fixture
+def there(call, workspace, monkeypatch):
+    """Call a tool in the workspace."""
     monkeypatch.chdir(workspace)
     monkeypatch.setenv('SHAPES_ROOT', 'shapes')
-    words = command.replace('CONFIG', str(SEGMENTOR)).replace('FILE', file).split()
-    monkeypatch.setattr(sys, 'argv', words)
-    with pytest.raises(SystemExit) as exit_info:
-        runpy.run_path(str(ROOT / words[0]), run_name='__main__')
-    said = exit_info.value.code
+    return call
+
+
+def refusal(there, command, file):
+    """The sentence with which a command line ends."""
+    said, _ = there(*command.replace('CONFIG', str(SEGMENTOR)).replace('FILE', file).split())
     assert isinstance(said, str)
     assert said.startswith(f'error: checkpoint {file} '), said
     assert said.isprintable()
@@ -108,26 +100,23 @@ def refusal(monkeypatch, workspace, command, file):
 
 
 @pytest.mark.parametrize(('command', 'kinds'), COMMANDS.items())
-def test_every_command_line_refuses_in_one_sentence(workspace, bad, monkeypatch, command, kinds):
+def test_every_command_line_refuses_in_one_sentence(workspace, bad, there, command, kinds):
     for kind in kinds.split():
-        assert REASONS[kind] in refusal(monkeypatch, workspace, command, f'{kind}.pth'), kind
+        assert REASONS[kind] in refusal(there, command, f'{kind}.pth'), kind
     assert not (workspace / 'touched').exists()
     assert not list(workspace.glob('out/*.pth'))
 
 
 @pytest.mark.parametrize('kind', ['truncated', 'code'])
-def test_train_py_of_mmseg_refuses(workspace, bad, monkeypatch, kind):
+def test_train_py_of_mmseg_refuses(workspace, bad, there, kind):
     """As its authors wrote it; test_tools.py has mmdet's."""
-    monkeypatch.chdir(workspace)
-    monkeypatch.setenv('SHAPES_ROOT', 'shapes')
-    command = [str(packaged('mmseg', 'train.py')), str(SEGMENTOR), '--work-dir', 'out']
-    monkeypatch.setattr(sys, 'argv', [*command, '--cfg-options', f'load_from={kind}.pth'])
+    options = ['--work-dir', 'out', '--cfg-options', f'load_from={kind}.pth']
     with pytest.raises(CheckpointError, match=f'^checkpoint {kind}.pth .*{REASONS[kind]}'):
-        runpy.run_path(command[0], run_name='__main__')
+        there(packaged('mmseg', 'train.py'), SEGMENTOR, *options)
     assert not (workspace / 'touched').exists()
 
 
-def test_states_that_cannot_be_resumed_are_refused(workspace, monkeypatch):
+def test_states_that_cannot_be_resumed_are_refused(workspace, there):
     whole = torch.load(workspace / 'whole.pth', weights_only=True)
     for reason, content in {
         'cannot be resumed from': dict(state_dict=whole['state_dict']),
@@ -135,4 +124,4 @@ def test_states_that_cannot_be_resumed_are_refused(workspace, monkeypatch):
         'cannot be resumed from, ': dict(whole, optimizer=dict(state={})),
     }.items():
         torch.save(content, workspace / 'state.pth')
-        assert reason in refusal(monkeypatch, workspace, RESUME, 'state.pth')
+        assert reason in refusal(there, RESUME, 'state.pth')

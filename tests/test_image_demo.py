@@ -3,9 +3,11 @@
 
 import json
 import shlex
+from functools import partial
 from pathlib import Path
 
 import cv2
+import mmcv
 import numpy as np
 import pytest
 import torch
@@ -16,7 +18,6 @@ from mmengine.registry import MODELS, init_default_scope
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-DEMO = ROOT / 'demo' / 'image_demo.py'
 PAGE = ROOT / 'docs' / 'inference.md'
 SHAPES = ('circle', 'square', 'triangle', 'star')
 PALETTE = [(90, 90, 90), (230, 80, 70), (70, 150, 240), (250, 200, 60), (120, 210, 110)]
@@ -44,17 +45,18 @@ MODELS_OF_PAGE = {
 def folder(tmp_path_factory):
     """Photos, a video, and the models of the page."""
     folder = tmp_path_factory.mktemp('demo')
-    (folder / 'demo').symlink_to(DEMO.parent)
-    (folder / 'photos').mkdir()
+    (folder / 'demo').symlink_to(ROOT / 'demo')
     rng = np.random.default_rng(0)
-    for name, (height, width) in SIZES.items():
+
+    def draw(path, height, width):
         image = cv2.resize(rng.integers(0, 255, (6, 8, 3), np.uint8), (width, height))
-        cv2.imwrite(str(folder / 'photos' / name), image)
-    code = cv2.VideoWriter_fourcc(*'mp4v')
-    writer = cv2.VideoWriter(str(folder / 'clip.mp4'), code, FPS, (96, 64))
-    for _ in range(NUM_FRAMES):
-        writer.write(cv2.resize(rng.integers(0, 255, (6, 8, 3), np.uint8), (96, 64)))
-    writer.release()
+        mmcv.imwrite(image, str(path))
+
+    for name, size in SIZES.items():
+        draw(folder / 'photos' / name, *size)
+    for i in range(NUM_FRAMES):
+        draw(folder / 'frames' / f'{i:06d}.jpg', 64, 96)
+    mmcv.frames2video(str(folder / 'frames'), str(folder / 'clip.mp4'), FPS, 'mp4v')
     for name, (base, meta) in MODELS_OF_PAGE.items():
         text = f"_base_ = '{ROOT}/tests/data/{base}'\n" if base else CLASSIFIER
         config = folder / f'my_{name}.py'
@@ -77,22 +79,12 @@ def page(folder):
     commands = []
     for number, block in enumerate(read_blocks(PAGE)):
         if block.kind == 'commands':
-            lines = [shlex.split(line) for line in block.text.splitlines()]
-            commands += [line[1:] for line in lines]
+            commands += [shlex.split(line)[1:] for line in block.text.splitlines()]
         elif block.kind == 'python':
-            script = folder / f'block{number}.py'
-            script.write_text(block.text)
-            commands.append([str(script)])
+            (folder / f'block{number}.py').write_text(block.text)
+            commands.append([f'block{number}.py'])
     assert len(commands) == 7
     return folder, run_commands(commands, folder)
-
-
-def frames(path):
-    video = cv2.VideoCapture(str(path))
-    found = []
-    while (read := video.read())[0]:
-        found.append(read[1])
-    return found, video.get(cv2.CAP_PROP_FPS)
 
 
 def test_detections_are_those_of_the_toolbox(page):
@@ -113,15 +105,13 @@ def test_detections_are_those_of_the_toolbox(page):
         expected = inference_detector(model, str(folder / 'photos' / name)).pred_instances
         expected = expected[expected.scores >= 0.4]
         assert len(found) == len(expected) > 0
-        for annotation, box, label, score, mask in zip(
-            found, expected.bboxes, expected.labels, expected.scores, expected.masks, strict=True
-        ):
-            x, y, w, h = annotation['bbox']
-            torch.testing.assert_close(torch.tensor([x, y, x + w, y + h]), box)
-            assert annotation['category_id'] == label + 1
-            assert annotation['score'] == pytest.approx(score.item())
-            decoded = coco_mask.decode(annotation['segmentation'])
-            assert np.array_equal(decoded.astype(bool), mask.numpy())
+        boxes = torch.tensor([entry['bbox'] for entry in found])
+        boxes[:, 2:] += boxes[:, :2]
+        torch.testing.assert_close(boxes, expected.bboxes)
+        assert [entry['category_id'] for entry in found] == (expected.labels + 1).tolist()
+        assert [entry['score'] for entry in found] == pytest.approx(expected.scores.tolist())
+        masks = [coco_mask.decode(entry['segmentation']) for entry in found]
+        assert np.array_equal(masks, expected.masks)
 
 
 def test_label_maps_are_those_of_the_toolbox(page):
@@ -163,12 +153,11 @@ def test_pictures_have_the_colors_of_the_classes(page):
 
 
 def test_video_becomes_a_video(page):
-    pictures, fps = frames(page[0] / 'segmented_video' / 'vis' / 'clip.mp4')
+    video = mmcv.VideoReader(str(page[0] / 'segmented_video' / 'vis' / 'clip.mp4'))
     label_maps = sorted((page[0] / 'segmented_video' / 'label_maps' / 'clip').iterdir())
 
-    assert len(pictures) == NUM_FRAMES
-    assert fps == FPS
-    assert {picture.shape for picture in pictures} == {(64, 96, 3)}
+    assert [picture.shape for picture in video] == [(64, 96, 3)] * NUM_FRAMES
+    assert video.fps == FPS
     assert [path.name for path in label_maps] == [f'{i:06d}.png' for i in range(NUM_FRAMES)]
 
 
@@ -200,10 +189,9 @@ def test_inferencers_of_the_page_agree_with_the_demo(page):
 
 @pytest.fixture
 def demo(call, folder, tmp_path, monkeypatch):
-    """Calls the demo; returns its exit code or message."""
+    """Calls the demo; returns its exit code or message, and what it printed."""
     monkeypatch.chdir(folder)
-    out = ['--out-dir', tmp_path / 'out']
-    return lambda *arguments: call('demo/image_demo.py', *arguments, *out)[0]
+    return partial(call, 'demo/image_demo.py', '--out-dir', tmp_path / 'out')
 
 
 UPERNET = ('my_upernet.py', 'upernet.pth', '--device', 'cpu')
@@ -213,7 +201,7 @@ DETECTOR = ('my_mask-rcnn.py', 'mask-rcnn.pth', '--device', 'cpu')
 def test_batches_change_nothing(demo, tmp_path):
     maps = []
     for batch_size in (1, 2):
-        assert demo('clip.mp4', *UPERNET, '--batch-size', batch_size) == 0
+        assert demo('clip.mp4', *UPERNET, '--batch-size', batch_size)[0] == 0
         files = sorted((tmp_path / 'out' / 'label_maps' / 'clip').iterdir())
         maps.append([cv2.imread(str(file), -1) for file in files])
 
@@ -223,12 +211,11 @@ def test_batches_change_nothing(demo, tmp_path):
         assert (one == two).mean() > 0.99
 
 
-def test_no_detection_is_no_error(demo, call, folder, tmp_path):
+def test_no_detection_is_no_error(demo, folder, tmp_path):
     # Names come from the data set where the checkpoint has none.
     weights = torch.load(folder / 'mask-rcnn.pth')['state_dict']
     torch.save(dict(state_dict=weights), tmp_path / 'bare.pth')
-    command = ['photos', DETECTOR[0], tmp_path / 'bare.pth', '--score-thr', '1']
-    code, said = call('demo/image_demo.py', *command, '--out-dir', tmp_path / 'out')
+    code, said = demo('photos', DETECTOR[0], tmp_path / 'bare.pth', '--score-thr', '1')
 
     assert code == 0
     assert 'taking those of the test data set of my_mask-rcnn.py' in said
@@ -238,21 +225,13 @@ def test_no_detection_is_no_error(demo, call, folder, tmp_path):
     assert found['annotations'] == []
 
 
-def test_checkpoints_that_do_not_fit_are_refused(demo, folder, tmp_path):
+def test_names_of_another_number_of_classes_are_refused(demo, folder, tmp_path):
+    """test_hostile_commands.py has the weights that do not fit."""
     weights = torch.load(folder / 'upernet.pth')['state_dict']
-
-    def said(weights, **meta):
+    for meta in (dict(dataset_meta=dict(classes=('a', 'b'))), dict(CLASSES=('a', 'b'))):
         torch.save(dict(state_dict=weights, meta=meta), tmp_path / 'other.pth')
-        return demo('photos', 'my_upernet.py', tmp_path / 'other.pth')
-
-    names = dict(dataset_meta=dict(classes=('a', 'b')))
-    assert '2 class names for a model of 5' in said(weights, **names)
-    assert '3 class names for a model of 5' in said(weights, CLASSES=('a', 'b', 'c'))
-    del weights['decode_head.conv_seg.bias']
-    assert 'does not fit the model of my_upernet.py' in said(weights)
-    assert 'decode_head.conv_seg.bias' in said(weights)
-    assert 'does not fit' in demo('photos', 'my_upernet.py', 'mask-rcnn.pth')
-    assert 'notes.txt does not exist' in demo('photos', 'my_upernet.py', 'notes.txt')
+        said, _ = demo('photos', 'my_upernet.py', tmp_path / 'other.pth')
+        assert '2 class names for a model of 5' in said
 
 
 def test_unusable_inputs_are_named(demo, tmp_path):
@@ -261,23 +240,22 @@ def test_unusable_inputs_are_named(demo, tmp_path):
     (tmp_path / 'broken.jpg').write_text('no picture')
     (tmp_path / 'broken.mp4').write_text('no video')
 
-    assert 'input nowhere.jpg does not exist' in demo('nowhere.jpg', *UPERNET)
-    assert 'input nowhere/*.jpg does not exist' in demo('nowhere/*.jpg', *UPERNET)
-    assert 'holds no image' in demo(tmp_path / 'empty', *UPERNET)
-    assert 'notes.txt must be one of: .avi, .bmp' in demo(tmp_path / 'notes.txt', *UPERNET)
-    assert 'broken.jpg' in demo(tmp_path / 'broken.jpg', *UPERNET)
-    assert 'cannot read video' in demo(tmp_path / 'broken.mp4', *UPERNET)
+    assert 'input nowhere/*.jpg does not exist' in demo('nowhere/*.jpg', *UPERNET)[0]
+    assert 'holds no image' in demo(tmp_path / 'empty', *UPERNET)[0]
+    assert 'notes.txt must be one of: .avi, .bmp' in demo(tmp_path / 'notes.txt', *UPERNET)[0]
+    assert 'broken.jpg' in demo(tmp_path / 'broken.jpg', *UPERNET)[0]
+    assert 'cannot read video' in demo(tmp_path / 'broken.mp4', *UPERNET)[0]
     for name in ('one.jpg', 'one.png'):
         write_image(tmp_path / name)
-    assert 'one.png is the label map of two inputs' in demo(tmp_path / 'one.*', *UPERNET)
+    assert 'one.png is the label map of two inputs' in demo(tmp_path / 'one.*', *UPERNET)[0]
 
 
 def test_options_that_do_not_fit_are_errors(demo, tmp_path):
     config = tmp_path / 'no_toolbox.py'
     config.write_text("default_scope = 'mmyolo'\n")
 
-    assert 'default_scope' in demo('photos', config, 'upernet.pth')
-    assert '--score-thr is for detectors' in demo('photos', *UPERNET, '--score-thr', '0.5')
-    assert '--device nowhere:' in demo('photos', *UPERNET[:2], '--device', 'nowhere')
-    assert demo('photos', *UPERNET, '--batch-size', '0') == 2
-    assert demo('photos', *DETECTOR, '--score-thr', '2') == 2
+    assert 'default_scope' in demo('photos', config, 'upernet.pth')[0]
+    assert '--score-thr is for detectors' in demo('photos', *UPERNET, '--score-thr', '0.5')[0]
+    assert '--device nowhere:' in demo('photos', *UPERNET[:2], '--device', 'nowhere')[0]
+    assert demo('photos', *UPERNET, '--batch-size', '0')[0] == 2
+    assert demo('photos', *DETECTOR, '--score-thr', '2')[0] == 2

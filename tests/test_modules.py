@@ -23,10 +23,10 @@ def net():
     return load_reference(ScalableViT(dict(TINY)))
 
 
-@pytest.fixture(scope='module')
-def wanted():
+@pytest.fixture
+def wanted(net):
     with torch.no_grad():
-        return load_reference(ScalableViT(dict(TINY)))(IMAGES)
+        return net(IMAGES)
 
 
 def assert_same(outs, wanted, **tolerances):
@@ -76,7 +76,6 @@ def test_every_module_is_called_once_with_its_map(net, mode):
             )
     with torch.set_grad_enabled(mode != 'no_grad'):
         net(IMAGES)
-
     assert {name: len(seen) for name, seen in calls.items()} == dict.fromkeys(calls, 1)
     assert {name: calls[name][0] for name in SHAPES} == SHAPES
 
@@ -94,7 +93,7 @@ class LoRA(Wrapped):
     """A layer plus a learned product of two narrow matrices."""
 
     def __init__(self, layer, rank=2):
-        super().__init__(layer.requires_grad_(False))
+        super().__init__(layer)
         self.down = nn.Linear(layer.in_features, rank, bias=False)
         self.up = nn.Linear(rank, layer.out_features, bias=False)
         nn.init.zeros_(self.up.weight)
@@ -176,15 +175,9 @@ def saved_and_loaded(net):
     file = io.BytesIO()
     torch.save(net.state_dict(), file)
     file.seek(0)
-    model = ScalableViT(dict(TINY)).eval()
-    model.load_state_dict(torch.load(file, weights_only=True), strict=True)
-    return model
-
-
-def filled_from_meta(net):
     with torch.device('meta'):
         model = ScalableViT(dict(TINY)).eval()
-    model.load_state_dict(net.state_dict(), assign=True)
+    model.load_state_dict(torch.load(file, weights_only=True), strict=True, assign=True)
     return model
 
 
@@ -198,7 +191,6 @@ COPIES = {
     'deepcopy': copy.deepcopy,
     'pickle': lambda net: pickle.loads(pickle.dumps(net)),
     'state dict': saved_and_loaded,
-    'from meta': filled_from_meta,
     'moving average': averaged,
     'exported': lambda net: torch.export.export(net, (IMAGES,)).module(),
 }

@@ -4,28 +4,15 @@
 import json
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 from doc_blocks import LOADERS, run_commands
+from jobs import ROOT, scalars, write_image, write_map
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
-ROOT = Path(__file__).parents[1]
 TOOL = ROOT / 'tools' / 'misc' / 'new_config.py'
 CLASSES = ('circle', 'square')
-
-
-def draw(rng, count, size):
-    """An image of squares, and their boxes."""
-    width, height = size
-    image = rng.integers(0, 60, (height, width, 3), dtype=np.uint8)
-    boxes = []
-    for _ in range(count):
-        x, y = rng.integers(0, width - 20), rng.integers(0, height - 20)
-        image[y : y + 18, x : x + 18] = rng.integers(150, 256, 3)
-        boxes.append((int(x), int(y), 18, 18))
-    return image, boxes
 
 
 def write_boxes(root, counts=(3, 3, 3, 3), size=(64, 64), masks=True):
@@ -33,35 +20,26 @@ def write_boxes(root, counts=(3, 3, 3, 3), size=(64, 64), masks=True):
     rng = np.random.default_rng(0)
     (root / 'annotations').mkdir(parents=True)
     for split, numbers in (('train', counts), ('val', counts[:2])):
-        (root / split).mkdir()
         images, annotations = [], []
         for i, count in enumerate(numbers, start=1):
-            image, boxes = draw(rng, count, size)
-            cv2.imwrite(str(root / split / f'{i}.jpg'), image)
+            write_image(root / split / f'{i}.jpg', size)
             images.append(dict(id=i, file_name=f'{i}.jpg', width=size[0], height=size[1]))
-            for x, y, w, h in boxes:
-                entry = dict(id=len(annotations) + 1, image_id=i, bbox=[x, y, w, h], area=w * h)
+            for x, y in rng.integers(0, np.array(size) - 20, (count, 2)).tolist():
+                entry = dict(id=len(annotations) + 1, image_id=i, bbox=[x, y, 18, 18], area=324)
                 entry.update(iscrowd=0, category_id=1 + len(annotations) % 2)
-                polygon = [x, y, x + w, y, x + w, y + h, x, y + h]
+                polygon = [x, y, x + 18, y, x + 18, y + 18, x, y + 18]
                 annotations.append(dict(entry, segmentation=[polygon] if masks else []))
         categories = [dict(id=i, name=name) for i, name in enumerate(CLASSES, start=1)]
         content = dict(images=images, annotations=annotations, categories=categories)
         (root / 'annotations' / f'{split}.json').write_text(json.dumps(content))
 
 
-def write_label_maps(root, size=(64, 64), suffix='.jpg', count=4):
-    rng = np.random.default_rng(0)
-    for split in ('train', 'val'):
-        for folder in ('images', 'annotations'):
-            (root / folder / split).mkdir(parents=True)
-        for i in range(count):
-            image, boxes = draw(rng, 3, size)
-            labels = np.zeros(image.shape[:2], np.uint8)
-            for x, y, width, height in boxes:
-                labels[y : y + height, x : x + width] = 1
-            labels[:3] = 255
-            cv2.imwrite(str(root / 'images' / split / f'{i}{suffix}'), image)
-            cv2.imwrite(str(root / 'annotations' / split / f'{i}.png'), labels)
+def write_label_maps(root, size=(64, 64), suffix='.jpg'):
+    for i in range(4):
+        for split in ('train', 'val'):
+            write_image(root / f'images/{split}/{i}{suffix}', size)
+            labels = np.resize(np.uint8([0, 1, 255]), size[::-1])
+            write_map(root / f'annotations/{split}/{i}.png', labels)
     (root / 'classes.txt').write_text('ground\nsquare\n')
 
 
@@ -77,12 +55,8 @@ def new_config(call):
 
 
 def resized(cfg):
-    return [
-        step['scale']
-        for loader in (cfg.train_dataloader, cfg.val_dataloader)
-        for step in loader.dataset.pipeline
-        if step['type'] == 'Resize'
-    ]
+    pipelines = cfg.train_dataloader.dataset.pipeline + cfg.val_dataloader.dataset.pipeline
+    return [step['scale'] for step in pipelines if step['type'] == 'Resize']
 
 
 def test_detector_of_many_small_objects(new_config):
@@ -129,10 +103,8 @@ def test_segmentor(size, new_config):
     heads = cfg.model.decode_head, cfg.model.auxiliary_head
     assert [head.num_classes for head in heads] == [2, 2]
     assert cfg.model.data_preprocessor['size'] == (128, 128)
-    assert {step.get('crop_size') for step in cfg.train_dataloader.dataset.pipeline} == {
-        None,
-        (128, 128),
-    }
+    crops = {step.get('crop_size') for step in cfg.train_dataloader.dataset.pipeline}
+    assert crops == {None, (128, 128)}
     assert cfg.val_dataloader.dataset.pipeline[1]['scale'] == (600, 150)
     assert cfg.train_dataloader.dataset.img_suffix == '.png'
     assert cfg.param_scheduler[-1].end == cfg.train_cfg.max_iters
@@ -146,7 +118,7 @@ def test_what_cannot_be_looked_at(new_config):
     write_boxes(Path('data'), masks=False)
     assert 'boxes without masks' in new_config('data', '--task', 'instance')
     write_label_maps(Path('maps'))
-    cv2.imwrite('maps/images/val/9.png', np.zeros((64, 64, 3), np.uint8))
+    write_image(Path('maps/images/val/9.png'))
     assert 'one suffix, found .jpg, .png' in new_config('maps', '--task', 'segmentation')
 
 
@@ -154,28 +126,20 @@ def test_what_is_written_trains(tmp_path):
     """On CPU, from scratch."""
     write_boxes(tmp_path / 'boxes')
     write_label_maps(tmp_path / 'maps')
-    commands = []
-    # Low enough for the scores of detectors that hardly trained.
-    low = dict(
-        detection=['model.test_cfg.score_thr=0.0', 'model.test_cfg.nms_pre=50'],
-        instance=['model.test_cfg.rcnn.score_thr=0.0', 'model.test_cfg.rpn.max_per_img=20'],
-        segmentation=[],
+    # With thresholds low enough for the scores of detectors that hardly trained.
+    boxes = ['model.test_cfg.score_thr=0.0', 'model.test_cfg.nms_pre=50']
+    masks = ['model.test_cfg.rcnn.score_thr=0.0', 'model.test_cfg.rpn.max_per_img=20']
+    tasks = dict(
+        detection=('boxes', 'coco/bbox_mAP', boxes),
+        instance=('boxes', 'coco/segm_mAP', masks),
+        segmentation=('maps', 'mIoU', []),
     )
-    for task, data in (('detection', 'boxes'), ('instance', 'boxes'), ('segmentation', 'maps')):
+    for task, (data, measure, low) in tasks.items():
         options = ['--task', task, '--size', 'demo', '--epochs', '1', '--out', f'{task}.py']
-        commands += [
-            [str(TOOL), data, *options],
-            [str(ROOT / 'tools' / 'check_data.py'), f'{task}.py', '--full'],
-            [str(ROOT / 'tools' / 'train.py'), f'{task}.py', '--cfg-options', *LOADERS, *low[task]],
-        ]
-    said = run_commands(commands, tmp_path)
+        train = [str(ROOT / 'tools' / 'train.py'), f'{task}.py', '--cfg-options', *LOADERS, *low]
+        check = [str(ROOT / 'tools' / 'check_data.py'), f'{task}.py', '--full']
+        said = run_commands([[str(TOOL), data, *options], check, train], tmp_path)
 
-    assert sum('No errors found' in text for text in said) == 3
-    for task, measure in (
-        ('detection', 'coco/bbox_mAP'),
-        ('instance', 'coco/segm_mAP'),
-        ('segmentation', 'mIoU'),
-    ):
-        lines = next((tmp_path / 'work_dirs' / task).glob('*/vis_data/scalars.json')).read_text()
-        assert measure in json.loads(lines.splitlines()[-1])
+        assert 'No errors found' in said[1]
+        assert measure in scalars(tmp_path / 'work_dirs' / task)[1][-1]
         assert list((tmp_path / 'work_dirs' / task).glob('best_*.pth'))

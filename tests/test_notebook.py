@@ -2,16 +2,14 @@
 """The tutorial: it runs from top to bottom, and what is committed with it is a true run's."""
 
 import re
-import shutil
-from pathlib import Path
 
 import pytest
+from jobs import ROOT
 
-nbformat = pytest.importorskip('nbformat', reason='the notebook needs the extra "notebook"')
-nbclient = pytest.importorskip('nbclient', reason='the notebook needs the extra "notebook"')
-pytest.importorskip('ipykernel', reason='the notebook needs the extra "notebook"')
-
-ROOT = Path(__file__).parents[1]
+nbformat, nbclient, _ = (
+    pytest.importorskip(name, reason='the notebook needs the extra "notebook"')
+    for name in ('nbformat', 'nbclient', 'ipykernel')
+)
 NOTEBOOK = ROOT / 'demo' / 'tutorial.ipynb'
 
 
@@ -32,32 +30,19 @@ def pictures(notebook):
     return [count for count in counts if count]
 
 
-@pytest.fixture(scope='module')
-def executed(tmp_path_factory):
-    """The notebook after a short run in an empty folder."""
-    folder = tmp_path_factory.mktemp('notebook')
+def test_runs_from_top_to_bottom(tmp_path, monkeypatch):
     notebook = read()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv('TUTORIAL_ITERATIONS', '4')
-        patch.setenv('TUTORIAL_IMAGES', '8')
-        patch.setenv('PYTHONPATH', str(ROOT))
-        patch.setenv('CUDA_VISIBLE_DEVICES', '')
-        patch.setenv('IPYTHONDIR', str(folder))
-        resources = {'metadata': {'path': str(folder)}}
-        nbclient.NotebookClient(notebook, timeout=600, resources=resources).execute()
-    yield notebook, folder
-    shutil.rmtree(folder)
-
-
-def test_runs_from_top_to_bottom(executed):
-    notebook, folder = executed
+    variables = dict(TUTORIAL_ITERATIONS='4', TUTORIAL_IMAGES='8', PYTHONPATH=str(ROOT))
+    for name, value in dict(variables, CUDA_VISIBLE_DEVICES='', IPYTHONDIR=str(tmp_path)).items():
+        monkeypatch.setenv(name, value)
+    resources = {'metadata': {'path': str(tmp_path)}}
+    nbclient.NotebookClient(notebook, timeout=600, resources=resources).execute()
     said = printed(notebook)
-
     assert 'stage 4: (1, 512, 15, 20), 2 blocks' in said
     assert '8 training and 40 validation images' in said
     assert 'trained for 4 iterations' in said
     assert 0 <= float(re.search(r'mIoU: ([\d.]+) %', said)[1]) <= 100
-    assert list(folder.glob('work_dirs/tutorial/upernet/iter_4.pth'))
+    assert (tmp_path / 'work_dirs/tutorial/upernet/iter_4.pth').is_file()
     # The data, the curves, the features and the predictions.
     assert pictures(notebook) == [1, 1, 1, 1]
 
@@ -66,7 +51,6 @@ def test_committed_outputs_are_of_a_true_run():
     notebook = read()
     cells = [cell for cell in notebook.cells if cell.cell_type == 'code']
     said = printed(notebook)
-
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     assert pictures(notebook) == [1, 1, 1, 1]
     steps = int(re.search(r"'TUTORIAL_ITERATIONS', (\d+)", cells[0].source)[1])
@@ -77,7 +61,6 @@ def test_committed_outputs_are_of_a_true_run():
 
 def test_committed_file_is_small_and_names_no_machine():
     text = NOTEBOOK.read_text()
-
     assert len(text) < 1e6
     assert not re.search(r'/(tmp|root|home|work|usr)/', text)
     assert 'Traceback' not in text
@@ -86,7 +69,6 @@ def test_committed_file_is_small_and_names_no_machine():
 def test_links_resolve():
     markdown = '\n'.join(cell.source for cell in read().cells if cell.cell_type == 'markdown')
     targets = re.findall(r'\]\(([^)#]+)[^)]*\)', markdown)
-
     assert targets
     for target in targets:
         assert (NOTEBOOK.parent / target).exists(), target

@@ -6,15 +6,11 @@ import math
 import pytest
 import torch
 from golden import TINY, load_reference, reference_input, relative_error
-from jobs import ROOT, draw_shapes, job_environment, run_tool, scalars
-from plain import plain_forward
+from jobs import ROOT, draw_shapes, job_environment, long, run_tool, scalars
+from plain import plain_forward, softmax_attention
 
 from mmscalablevit import ScalableViT
-from mmscalablevit.models.attention import (
-    InteractiveWindowSelfAttention,
-    ScalableSelfAttention,
-    fused_attention,
-)
+from mmscalablevit.models.attention import fused_attention
 
 # About ten roundings.
 TOLERANCES = {torch.float16: 0.01, torch.bfloat16: 0.05}
@@ -22,17 +18,8 @@ TOLERANCES = {torch.float16: 0.01, torch.bfloat16: 0.05}
 LARGE = 256
 
 
-def naive_attention(query, key, value, scale):
-    return torch.softmax(scale * (query @ key.transpose(-2, -1)), dim=-1) @ value
-
-
 def all_finite(tensors):
     return all(tensor.isfinite().all() for tensor in tensors)
-
-
-def attentions(model):
-    kinds = (InteractiveWindowSelfAttention, ScalableSelfAttention)
-    return [module for module in model.modules() if isinstance(module, kinds)]
 
 
 @pytest.mark.parametrize('dtype', TOLERANCES, ids=str)
@@ -50,11 +37,11 @@ def test_attention_whose_products_overflow_float16(dtype, widths, dropout):
     query[..., :2] = key[..., :2] = LARGE
     parts = [part.to(dtype).requires_grad_() for part in (query, key, value)]
     exact = [part.detach().double().requires_grad_() for part in parts]
-    assert naive_attention(*(part.half() for part in parts), scale).isnan().all()
+    assert softmax_attention(*(part.half() for part in parts), scale).isnan().all()
 
     tokens = (part.transpose(1, 2).flatten(2) for part in parts)
-    out = fused_attention(*tokens, 2, scale, dropout).unflatten(2, (2, -1)).transpose(1, 2)
-    wanted = naive_attention(*exact, scale)
+    out = fused_attention(*tokens, 2, scale, dropout)
+    wanted = softmax_attention(*exact, scale)
     weights = torch.randn_like(wanted)
     (out * weights).sum().backward()
     (wanted * weights).sum().backward()
@@ -68,13 +55,8 @@ def test_attention_whose_products_overflow_float16(dtype, widths, dropout):
         assert relative_error(part.grad[..., used], want.grad[..., used]) < TOLERANCES[dtype]
 
 
-def query_and_key_layers(attention):
-    """The linear layers of queries and keys: layer, number of its parts, which part of it."""
-    if isinstance(attention, InteractiveWindowSelfAttention):
-        return [(attention.qkv, 3, 0), (attention.qkv, 3, 1)]
-    if hasattr(attention, 'kv'):
-        return [(attention.q, 1, 0), (attention.kv, 2, 0)]
-    return [(attention.q, 1, 0), (attention.k, 1, 0)]
+# The linear layers of queries and keys: name, number of its parts, which of them.
+LAYERS = [('qkv', 3, 0), ('qkv', 3, 1), ('q', 1, 0), ('kv', 2, 0), ('k', 1, 0)]
 
 
 @torch.no_grad()
@@ -83,21 +65,15 @@ def raise_logits(model):
 
     Large values in LIM and PEG, too.
     """
-    for module in attentions(model):
-        for layer, parts, index in query_and_key_layers(module):
-            for parameter, value in ((layer.weight, 0), (layer.bias, LARGE)):
-                part = parameter.chunk(parts)[index]
-                part.unflatten(0, (module.num_heads, -1))[:, :2] = value
+    for module in model.modules():
+        for name, parts, index in LAYERS:
+            if layer := getattr(module, name, None):
+                for parameter, value in ((layer.weight, 0), (layer.bias, LARGE)):
+                    part = parameter.chunk(parts)[index]
+                    part.unflatten(0, (module.num_heads, -1))[:, :2] = value
     for name, parameter in model.named_parameters():
         if 'lim_func' in name or 'pos_block' in name:
             parameter *= 32
-
-
-def network(kv, change, **kwargs):
-    arch = dict(TINY, ssa_kv=kv)
-    model = load_reference(ScalableViT(arch, **kwargs))
-    change(model)
-    return model, arch
 
 
 def gradients(model, images, **autocast):
@@ -114,7 +90,9 @@ def gradients(model, images, **autocast):
 @pytest.mark.parametrize('dtype', TOLERANCES, ids=str)
 @pytest.mark.parametrize('kv', ['separate', 'merged'])
 def test_network_with_large_logits_is_close_to_float32(dtype, kv):
-    model, arch = network(kv, raise_logits)
+    arch = dict(TINY, ssa_kv=kv)
+    model = load_reference(ScalableViT(arch))
+    raise_logits(model)
     images = 1000 * reference_input(0, (2, 3, 97, 131))
     with torch.no_grad():
         exact = model(images)
@@ -135,18 +113,15 @@ def test_network_with_large_logits_is_close_to_float32(dtype, kv):
 
 @pytest.mark.parametrize(
     ('config', 'amp'),
-    [
-        ('tiny_upernet.py', True),
-        *(pytest.param('tiny_mask-rcnn.py', amp, marks=pytest.mark.long) for amp in (False, True)),
-    ],
+    [('tiny_upernet.py', True), long('tiny_mask-rcnn.py', False), long('tiny_mask-rcnn.py', True)],
 )
 def test_deterministic_trainings_are_bit_equal(config, amp, tmp_path):
     draw_shapes(tmp_path / 'shapes', num_train=8, num_val=1)
     options = ['--cfg-options', 'randomness.deterministic=True', 'log_processor.window_size=1']
     runs = []
     for folder in ('first', 'second'):
-        command = [ROOT / 'tools' / 'train.py', ROOT / 'tests' / 'data' / config]
-        command += ['--work-dir', folder, *['--amp'] * amp, *options]
+        command = [ROOT / 'tools/train.py', ROOT / 'tests/data' / config, '--work-dir', folder]
+        command += [*['--amp'] * amp, *options]
         run_tool(command, tmp_path, job_environment(tmp_path, threads=2))
         losses = [step['loss'] for step in scalars(tmp_path / folder)[0]]
         (file,) = (tmp_path / folder).glob('[ei]*_*.pth')

@@ -4,18 +4,17 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from jobs import load_tool
+from jobs import ROOT, load_tool, long
 from mmengine.config import Config
+from test_export import build, run_file, tool
 
-onnxruntime = pytest.importorskip('onnxruntime', reason='the extra onnx is not installed')
-pytest.importorskip('onnxscript', reason='the extra onnx is not installed')
+for name in ('onnxruntime', 'onnxscript'):
+    pytest.importorskip(name, reason='the extra onnx is not installed')
 structures = pytest.importorskip('mmdet.structures')
 
-ROOT = Path(__file__).parents[1]
 # Of those that onnx-tensorrt lists as supported.
 TENSORRT = """
 Add And Cast Clip Concat Conv ConvTranspose Cos Div Equal Erf Exp Expand Floor Gather
@@ -24,8 +23,6 @@ MatMul Max MaxPool Min Mod Mul NonMaxSuppression NonZero Not Pad Range ReduceMax
 ReduceMin ReduceSum Relu Reshape Resize RoiAlign ScatterElements ScatterND Shape Sigmoid Sin Slice
 Softmax Split Sqrt Squeeze Sub Tile TopK Transpose Unsqueeze Where
 """
-
-
 MODELS = ['mask-rcnn', 'retinanet', 'cascade-mask-rcnn', 'dino']
 
 
@@ -67,32 +64,13 @@ def tiny_dino(arch):
     return cfg
 
 
-@pytest.fixture(scope='module')
-def tool():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / 'tools' / 'deployment')
-        yield load_tool('tools/deployment/export_onnx.py')
-
-
-def build(tool, cfg):
-    model = tool.build_model(cfg, None)
-    torch.manual_seed(0)
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.1)
-    return model
-
-
-@pytest.fixture(
-    scope='module',
-    params=MODELS[:1] + [pytest.param(name, marks=pytest.mark.long) for name in MODELS[1:]],
-)
-def exported(request, tool, tmp_path_factory):
+@pytest.fixture(scope='module', params=[MODELS[0], *map(long, MODELS[1:])])
+def exported(request, tmp_path_factory):
     """A model, and the file that the command line writes of it."""
     folder = tmp_path_factory.mktemp(request.param)
     cfg = tiny(request.param)
     cfg.dump(folder / 'config.py')
-    model = build(tool, cfg)
+    model = build(cfg, vectors=False)
     torch.save(dict(state_dict=model.state_dict()), folder / 'weights.pth')
     words = ['--checkpoint', folder / 'weights.pth', '--out', folder / 'model.onnx']
     words += ['--check-sizes', '1x64x64', '--repeat', '1']
@@ -128,8 +106,8 @@ def compare(model, run, size):
 
 
 @pytest.mark.parametrize('name', MODELS)
-def test_the_program_finds_what_the_test_step_finds(tool, name):
-    model = build(tool, tiny(name))
+def test_the_program_finds_what_the_test_step_finds(name):
+    model = build(tiny(name), vectors=False)
     wrapped = tool.wrap(model, 'model', 'onnx')
     compare(model, tool.Normalized(wrapped, model.data_preprocessor), (97, 131))
 
@@ -137,18 +115,13 @@ def test_the_program_finds_what_the_test_step_finds(tool, name):
 @pytest.mark.parametrize('size', [(97, 131), (128, 192), (200, 75)])
 def test_boxes_and_masks_are_those_of_the_test_step(exported, size):
     model, path = exported
-    session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
-    assert [x.name for x in session.get_outputs()] == ['dets', 'labels', 'masks'][
-        : 2 + model.with_mask
-    ]
+    session, run = run_file(path)
+    names = ['dets', 'labels', 'masks'] if model.with_mask else ['dets', 'labels']
+    assert [x.name for x in session.get_outputs()] == names
     meta = session.get_modelmeta().custom_metadata_map
     assert meta['channels'] == 'RGB'
     mean, std = (torch.tensor(json.loads(meta[key]))[:, None, None] for key in ('mean', 'std'))
-
-    def run(image):
-        return map(torch.from_numpy, session.run(None, {'images': ((image - mean) / std).numpy()}))
-
-    compare(model, run, size)
+    compare(model, lambda image: run((image - mean) / std), size)
 
 
 def test_operators_are_known_to_tensorrt(exported):
@@ -168,9 +141,8 @@ def test_demo_draws_without_torch(exported, tmp_path):
         "sys.exit(bool({'torch', 'mmcv', 'mmengine', 'mmdet', 'mmscalablevit'} & set(sys.modules)))"
     )
     words = ['demo/onnx_demo.py', tmp_path / 'image.png', path, '--out', tmp_path / 'out.png']
-    subprocess.run(
-        [sys.executable, '-c', code, *map(str, words), '--score-thr', '0'], cwd=ROOT, check=True
-    )
+    command = [sys.executable, '-c', code, *words, '--score-thr', '0']
+    subprocess.run(command, cwd=ROOT, check=True)
     drawn = cv2.imread(str(tmp_path / 'out.png'))
     assert drawn.shape == image.shape
     assert (drawn != image).any()

@@ -8,84 +8,62 @@ import cv2
 import pytest
 from doc_blocks import LOADERS, ROOT, read_blocks, run_commands
 from jobs import load_tool
+from logs import LATER, SEGMENTOR, boxes, session, step
 from mmengine.config import Config
 
-TOOL = ROOT / 'tools' / 'analysis_tools' / 'plot_logs.py'
+TOOL = 'tools/analysis_tools/plot_logs.py'
 PAGE = ROOT / 'docs' / 'training.md'
-STARTS = ('20260101_120000', '20260102_120000')
 # Blue and orange, the first colors of matplotlib's cycle, in BGR.
 COLORS = ((180, 119, 31), (14, 127, 255))
+tool = load_tool(TOOL)
 
 
-@pytest.fixture
-def tool():
-    return load_tool('tools/analysis_tools/plot_logs.py')
-
-
-def write_log(work_dir, start, records, cfg, log=''):
-    """What mmengine leaves of one start of a training."""
-    folder = work_dir / start / 'vis_data'
-    folder.mkdir(parents=True)
-    Config(cfg).dump(folder / 'config.py')
-    (folder / 'scalars.json').write_text(''.join(json.dumps(r) + '\n' for r in records))
-    (folder.parent / f'{start}.log').write_text(log)
-
-
-def train_record(iteration, **scalars):
-    return dict(loss=1 / iteration, lr=1e-4, time=0.1, iter=iteration, step=iteration, **scalars)
+def steps(*iterations):
+    return [dict(step(i), loss=1 / i) for i in iterations]
 
 
 @pytest.fixture
 def detector(tmp_path):
-    """Two epochs of four iterations, of which the second was resumed."""
+    """Two epochs of a hundred iterations, of which the second was resumed."""
     work_dir = tmp_path / 'detector'
-    cfg = dict(train_cfg=dict(max_epochs=2), train_dataloader=dict(batch_size=2))
-    first = [train_record(2), train_record(4), {'coco/bbox_mAP': 0.25, 'step': 1}, train_record(6)]
-    log = 'Epoch(train)  [1][2/4]\n'
-    write_log(work_dir, STARTS[0], first, cfg, log)
-    second = [train_record(6), train_record(8), {'coco/bbox_mAP': 0.5, 'step': 2}]
-    log = 'resumed epoch: 1, iter: 4\nEpoch(train)  [2][2/4]\n'
-    write_log(work_dir, STARTS[1], second, dict(cfg, resume=True), log)
+    session(work_dir, [*steps(50, 100), boxes(1, 0.25, 0.2), *steps(150)])
+    second = [*steps(150, 200), boxes(2, 0.5, 0.4)]
+    session(work_dir, second, stamp=LATER, resumed=(1, 100))
     return work_dir
 
 
 @pytest.fixture
 def segmentor(tmp_path):
     work_dir = tmp_path / 'segmentor'
-    cfg = dict(train_cfg=dict(max_iters=4, val_interval=4), train_dataloader=dict(batch_size=2))
-    records = [train_record(2), train_record(4), dict(mIoU=40.0, step=4)]
-    write_log(work_dir, STARTS[0], records, cfg)
+    session(work_dir, [*steps(50, 100), dict(mIoU=40.0, step=100)], name=SEGMENTOR)
     return work_dir
 
 
-def test_resumed_training_is_one_curve(tool, detector):
+def test_resumed_training_is_one_curve(detector):
     run = tool.work_dirs.read_run(detector)
-
-    assert tool.train_curve(run, 'loss') == ([2, 4, 6, 8], [1 / 2, 1 / 4, 1 / 6, 1 / 8])
-    assert tool.train_curve(run, 'lr') == ([2, 4, 6, 8], [1e-4] * 4)
+    iterations = [50, 100, 150, 200]
+    assert tool.train_curve(run, 'loss') == (iterations, [1 / i for i in iterations])
+    assert tool.train_curve(run, 'lr') == (iterations, [1e-4] * 4)
     # Epochs are counted in iterations, as in the other panels.
-    assert tool.metric_curve(run, 'box AP') == ([4, 8], [25, 50])
+    assert tool.metric_curve(run, 'box AP') == ([100, 200], [25, 50])
     assert tool.metric_curve(run, 'mIoU') == ([], [])
 
 
-def test_iterations_of_an_epoch_must_be_known(tool, detector):
-    for start in STARTS:
-        (detector / start / f'{start}.log').unlink()
-
+def test_iterations_of_an_epoch_must_be_known(detector):
+    for log in detector.glob('*/*.log'):
+        log.unlink()
     with pytest.raises(tool.UserError, match='how many iterations an epoch has'):
         tool.metric_curve(tool.work_dirs.read_run(detector), 'box AP')
 
 
-def test_runs_of_one_name_are_told_apart(tool, detector, segmentor):
+def test_runs_of_one_name_are_told_apart(detector, segmentor):
     runs = [tool.work_dirs.read_run(folder) for folder in (detector, segmentor)]
     assert tool.labels(runs) == ['detector', 'segmentor']
     runs[1].work_dir = detector.parent / 'other' / 'detector'
     assert tool.labels(runs) == [str(detector), str(runs[1].work_dir)]
 
 
-def test_picture_has_a_panel_for_every_curve(
-    call, tool, detector, segmentor, tmp_path, monkeypatch
-):
+def test_picture_has_a_panel_for_every_curve(call, detector, segmentor, tmp_path, monkeypatch):
     drawn = {}
     save = tool.plt.Figure.savefig
 
@@ -102,6 +80,7 @@ def test_picture_has_a_panel_for_every_curve(
         'training loss': [4, 2],
         'learning rate': [4, 2],
         'box AP': [2, 0],
+        'mask AP': [2, 0],
         'mIoU': [0, 1],
     }
     picture = cv2.imread(str(out))
@@ -111,8 +90,7 @@ def test_picture_has_a_panel_for_every_curve(
 
 def test_errors_name_what_is_missing(call, detector, tmp_path):
     empty = tmp_path / 'empty'
-    write_log(empty, STARTS[0], [], dict(train_cfg=dict(max_epochs=1)))
-
+    session(empty, [])
     assert 'nowhere does not exist' in call(TOOL, 'nowhere', '--out', 'curves.png')[0]
     assert '.pdf, .png, .svg, got curves.txt' in call(TOOL, detector, '--out', 'curves.txt')[0]
     said, _ = call(TOOL, detector, empty, '--out', 'curves.png')

@@ -5,13 +5,13 @@ import json
 import shutil
 import sys
 from contextlib import nullcontext
-from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from jobs import draw_shapes, load_tool
+from jobs import ROOT, draw_shapes, load_tool
+from logs import session
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from pycocotools.coco import COCO
@@ -21,7 +21,7 @@ from mmscalablevit.errors import CheckpointError, UserError
 pytest.importorskip('mmdet')
 pytest.importorskip('mmseg')
 
-ROOT = Path(__file__).parents[1]
+report = load_tool('demo/report.py')
 CLASSES = ('circle', 'square', 'triangle', 'star')
 COLORS = [(90, 90, 90), (230, 80, 70), (70, 150, 240), (250, 200, 60), (120, 210, 110)]
 BOXES = {'coco/bbox_mAP': 0.59, 'coco/segm_mAP': 0.7, 'coco/bbox_mAP_50': 0.79, 'step': 10}
@@ -29,21 +29,13 @@ AREAS = dict(aAcc=90.0, mIoU=80.0, mAcc=80.0, step=10)
 STEP = dict(lr=1e-3, loss=1.0, time=6.0, iter=10, step=10)
 
 
-@pytest.fixture(scope='module')
-def report():
-    return load_tool('demo/report.py')
-
-
 def write_work_dir(work_dir, name, records, meta):
     """What a training leaves behind, with weights that were never trained."""
-    data = work_dir / '20240101_100000' / 'vis_data'
-    data.mkdir(parents=True)
-    (data / 'scalars.json').write_text(''.join(f'{json.dumps(record)}\n' for record in records))
     cfg = Config.fromfile(ROOT / 'tests' / 'data' / f'{name}.py')
     cfg.train_cfg = dict(max_iters=10)
     if name == 'tiny_upernet':
         cfg.test_pipeline = [dict(type='LoadImageFromFile'), dict(type='PackSegInputs')]
-    cfg.dump(data / 'config.py')
+    session(work_dir, records, cfg.to_dict(), name)
     init_default_scope(cfg.default_scope)
     state = MODELS.build(cfg.model).state_dict()
     torch.save(dict(state_dict=state, meta=dict(dataset_meta=meta)), work_dir / 'iter_10.pth')
@@ -68,14 +60,15 @@ def trained(tmp_path_factory):
     )
 
 
-def test_report_shows_image_truth_and_prediction(report, trained, tmp_path, monkeypatch):
+def test_report_shows_image_truth_and_prediction(trained, tmp_path, monkeypatch):
     grids = []
     draw_grid = report.draw_grid
-    monkeypatch.setattr(
-        report,
-        'draw_grid',
-        lambda columns, *args: (grids.append(columns), draw_grid(columns, *args)),
-    )
+
+    def keep(columns, *args):
+        grids.append(columns)
+        draw_grid(columns, *args)
+
+    monkeypatch.setattr(report, 'draw_grid', keep)
     rows = report.write_report(*trained, tmp_path, num_images=2)
 
     text = (tmp_path / 'report.md').read_text()
@@ -119,7 +112,7 @@ def test_report_shows_image_truth_and_prediction(report, trained, tmp_path, monk
 def copied(trained, tmp_path):
     """A detector's work directory for a test to change, and a function that writes its log."""
     folder = shutil.copytree(trained[0], tmp_path / 'det')
-    log = folder / '20240101_100000' / 'vis_data' / 'scalars.json'
+    (log,) = folder.glob('*/vis_data/scalars.json')
     return folder, lambda records: log.write_text('\n'.join(map(json.dumps, records)))
 
 
@@ -130,13 +123,13 @@ def copied(trained, tmp_path):
         ([STEP, {'coco/bbox_mAP': 0.1, 'step': 10}], 'no coco/segm_mAP in the evaluation at 10'),
     ],
 )
-def test_missing_entries_of_a_log_are_named(report, copied, records, said):
+def test_missing_entries_of_a_log_are_named(copied, records, said):
     copied[1](records)
     with pytest.raises(UserError, match=said):
         report.read_training(copied[0], report.METRICS['detection'])
 
 
-def test_metric_that_is_not_a_number_misses_its_target(report, copied):
+def test_metric_that_is_not_a_number_misses_its_target(copied):
     copied[1]([STEP, dict(BOXES, **{'coco/bbox_mAP': np.nan})])
     run = report.read_training(copied[0], report.METRICS['detection'])
     assert report.make_rows('detection', run)[0].missed
@@ -154,19 +147,19 @@ def test_metric_that_is_not_a_number_misses_its_target(report, copied):
         ),
     ],
 )
-def test_checkpoint_that_fails_is_named(report, trained, copied, tmp_path, spoil, said):
+def test_checkpoint_that_fails_is_named(trained, copied, tmp_path, spoil, said):
     spoil(copied[0])
     with pytest.raises((UserError, CheckpointError), match=said):
         report.write_report(copied[0], *trained[1:], tmp_path / 'out', 1)
 
 
-def test_report_wants_enough_images(report, trained, tmp_path):
+def test_report_wants_enough_images(trained, tmp_path):
     with pytest.raises(UserError, match='holds 3 images of the 4 to show'):
         report.write_report(*trained, tmp_path, num_images=4)
 
 
 @pytest.mark.parametrize('missed', [False, True])
-def test_missed_target_fails_only_a_strict_run(report, missed, tmp_path, monkeypatch):
+def test_missed_target_fails_only_a_strict_run(missed, tmp_path, monkeypatch):
     rows = [report.Row('detection', 'box AP', '0.590', 0.6, missed)]
     monkeypatch.setattr(report, 'write_report', lambda *args: rows)
     monkeypatch.setattr(report, 'use_safe_loader', lambda: None)

@@ -1,27 +1,20 @@
 # Copyright (c) mmscalablevit contributors. All rights reserved.
 """The lower bound of a GPU, from operators that are counted by hand and by autocast of CUDA."""
 
-import importlib
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
 from golden import TINY
+from jobs import load_tool
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmscalablevit import ScalableViT
 
-sys.path.insert(0, str(Path(__file__).parents[1] / 'tools' / 'analysis_tools'))
-roofline = importlib.import_module('roofline')
-
-
-def case(mode, *size):
-    batch, height, width = size
-    return roofline.benchmark.Case(mode, 'bfloat16', height, width, batch)
+TOOL = 'tools/analysis_tools/roofline.py'
+roofline = load_tool(TOOL)
 
 
 class Small(nn.Module):
@@ -39,12 +32,11 @@ def test_bytes_and_operations_of_a_linear_layer_and_a_depthwise_convolution():
     rows, weights, kernel = 2 * 48, 64 * 32, 32 * 9
     found = {}
     for mode in ('inference', 'train'):
-        calls = roofline.trace(Small(), case(mode, 2, 32, 32))
+        calls = roofline.trace(Small(), roofline.benchmark.Case(mode, 'bfloat16', 32, 32, 2))
         found[mode] = Counter()
         for call in calls:
             found[mode][call.module, call.operator] += call.flops
     product, convolution = 2 * rows * weights, 2 * rows * kernel
-
     assert found['inference']['linear', 'mm'] == product
     assert found['inference']['depthwise', 'convolution'] == convolution
     # The weight's gradient alone, as images need none.
@@ -90,19 +82,14 @@ def test_types_are_those_of_autocast_on_cuda():
     finally:
         torch.set_autocast_enabled('cuda', False)
         torch.clear_autocast_cache()
-
     assert ours.seen == cuda.seen
     assert len(ours.seen) > 4
 
 
-def test_tables_compare_models_and_write(tmp_path, monkeypatch, capsys):
+def test_tables_compare_models_and_write(call, tmp_path):
     options = ['--models', 'small', 'swin-t', '--sizes', '1x64x64', '--modes', 'inference']
-    out = tmp_path / 'new' / 'bound.md'
-    gpus = ['--gpus', 'h100', 'half:1.675:494.7', '--out', str(out)]
-    monkeypatch.setattr(sys, 'argv', ['roofline.py', *options, *gpus])
-    roofline.cli.run(roofline.main)
-
-    text = out.read_text()
+    call(TOOL, *options, '--gpus', 'h100', 'half:1.675:494.7', '--out', 'new/bound.md')
+    text = (tmp_path / 'new' / 'bound.md').read_text()
     small, swin = (
         next(line for line in text.splitlines() if line.startswith(f'| {name} ')).split('|')
         for name in ('small', 'swin-t')
@@ -112,11 +99,10 @@ def test_tables_compare_models_and_write(tmp_path, monkeypatch, capsys):
     assert 'stages.mlp.fc1' in text
 
 
-def test_measures_the_operators(monkeypatch, capsys):
+def test_measures_the_operators(call):
     options = ['--models', 'small', '--sizes', '1x32x32', '--modes', 'inference']
-    monkeypatch.setattr(sys, 'argv', ['roofline.py', *options, '--measure', 'cpu', '--top', '40'])
-    roofline.cli.run(roofline.main)
-    lines = [line.split('|') for line in capsys.readouterr().out.splitlines()]
+    _, said = call(TOOL, *options, '--measure', 'cpu', '--top', '40')
+    lines = [line.split('|') for line in said.splitlines()]
     rows = [line for line in lines if len(line) == 9 and line[2].strip().isdigit()]
     took = {row[1].strip(): float(row[6]) for row in rows}
     assert took['addmm'] > 0

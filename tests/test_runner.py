@@ -3,12 +3,12 @@
 
 import ast
 import importlib
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from jobs import run_tool
 from mmengine.config import Config
 from mmengine.registry import RUNNERS
 
@@ -52,7 +52,6 @@ def test_no_attribute_of_others_is_assigned():
         for path in PACKAGE.rglob('*.py')
         for text in assignments(path)
     }
-
     assert ('checkpoint/reading.py', 'left._metadata') in found
     known = {x for x in found for file, text in ASSIGNED if x[0] == file and x[1].startswith(text)}
     assert not found - known
@@ -61,7 +60,6 @@ def test_no_attribute_of_others_is_assigned():
 def test_runner_has_no_private_method_of_mmengines():
     own = {name for name in vars(SafeRunner) if name.startswith('_') and not name.endswith('__')}
     theirs = {name for base in SafeRunner.__mro__[1:] for name in vars(base)}
-
     assert own
     assert not own & theirs
     assert RUNNERS.get('SafeRunner') is SafeRunner
@@ -88,19 +86,17 @@ def test_old_names_work_with_a_warning(name):
 
 
 def test_a_work_directory_is_used_by_one_training(tmp_path):
-    code = (
-        'import sys; from mmscalablevit.engine.runner import lock_work_dir\n'
-        f'with lock_work_dir({str(tmp_path)!r}, sys.argv[1]): pass'
-    )
-
-    def other(name):
-        command = [sys.executable, '-c', code, name]
-        return subprocess.run(command, capture_output=True, text=True, cwd=PACKAGE.parent)
+    def other(name, expect=0):
+        code = (
+            'from mmscalablevit.engine.runner import lock_work_dir\n'
+            f'with lock_work_dir({str(tmp_path)!r}, {name!r}): pass'
+        )
+        return run_tool(['-c', code], tmp_path, expect=expect)
 
     with lock_work_dir(tmp_path):
-        assert f'{tmp_path} is in use by another training' in other('training').stderr
-        assert other('queue').returncode == 0
-    assert other('training').returncode == 0
+        assert f'{tmp_path} is in use by another training' in other('training', expect=1)
+        other('queue')
+    other('training')
 
 
 class Head:

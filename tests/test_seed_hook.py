@@ -7,7 +7,14 @@ import pytest
 import torch
 from mmengine.hooks import Hook
 from mmengine.runner import loops
+from torch.utils.data import _utils
 from toy import Interrupted, toy_runner
+
+
+@pytest.fixture(autouse=True)
+def short_wait(monkeypatch):
+    # For each worker of a data loader that is garbage; by default five seconds.
+    monkeypatch.setattr(_utils, 'MP_STATUS_CHECK_INTERVAL', 0.1)
 
 
 @pytest.mark.parametrize(
@@ -30,7 +37,6 @@ def test_random_numbers_and_data_go_on(sampler, epochs, workers, tmp_path, monke
         toy_runner(tmp_path / 'cut', workers=2 - workers, at=11, **args).train()
     resumed = toy_runner(tmp_path / 'cut', workers=workers, resume=True, **args)
     resumed.train()
-
     assert resumed.iter == 15
     for key, value in whole.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[key])
@@ -57,7 +63,6 @@ def test_hooks_of_other_samplers_and_pipelines_reach_the_data_set(tmp_path):
     runner = toy_runner(tmp_path)
     dataset = runner.train_dataloader.dataset
     dataset.pipeline = 'new'
-
     assert dataset.dataset.pipeline == 'new'
     assert not hasattr(dataset, 'no_such_attribute')
 
@@ -66,5 +71,4 @@ def test_hooks_of_other_samplers_and_pipelines_reach_the_data_set(tmp_path):
 def test_seed_of_the_checkpoint(seed, tmp_path):
     toy_runner(tmp_path, randomness=dict(seed=7)).train()
     runner = toy_runner(tmp_path, resume=True, randomness=dict(seed=seed))
-
     assert runner.seed == (7 if seed is None else seed)

@@ -1,34 +1,25 @@
 # Copyright (c) mmscalablevit contributors. All rights reserved.
 """The set-up scripts: which wheel of mmcv and which PyTorch they take, what they say at the end."""
 
-import functools
-import http.server
 import os
 import subprocess
 import sys
-import threading
 import zipfile
-from pathlib import Path
 
 import pytest
 import torch
+from jobs import ROOT
 
-ROOT = Path(__file__).parents[1]
 TAG = f'cp{sys.version_info.major}{sys.version_info.minor}'
 WORKS, BROKEN = '', 'raise ImportError("undefined symbol")\n'
 
 
-def bash(code, **environment):
+def bash(code, index=''):
     """Run a piece of the set-up with this Python; its exit code and what it printed."""
     script = f'python={sys.executable}; . tools/misc/mmcv_wheel.sh; {code}'
-    done = subprocess.run(
-        ['bash', '-c', script],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        text=True,
-        timeout=120,
-    )
+    variables = {**os.environ, 'MMCV_WHEELS': str(index), 'no_proxy': '*'}
+    options = dict(cwd=ROOT, env=variables, stdout=subprocess.PIPE, text=True, timeout=120)
+    done = subprocess.run(['bash', '-c', script], **options)
     return done.returncode, done.stdout.strip()
 
 
@@ -38,44 +29,27 @@ def publish(index, folder, extension=WORKS, tag=TAG):
     page.mkdir(parents=True)
     name = f'onedl_mmcv-2.3.6-{tag}-{tag}-linux_x86_64.whl'
     info = 'onedl_mmcv-2.3.6.dist-info'
+    files = {
+        'mmcv/__init__.py': '__version__ = "2.3.6"\n',
+        'mmcv/_ext.py': extension,
+        f'{info}/METADATA': 'Metadata-Version: 2.1\nName: onedl-mmcv\nVersion: 2.3.6\n',
+        f'{info}/WHEEL': f'Wheel-Version: 1.0\nTag: {tag}-{tag}-linux_x86_64\n',
+        f'{info}/RECORD': '',
+    }
     with zipfile.ZipFile(page / name, 'w') as wheel:
-        wheel.writestr('mmcv/__init__.py', '__version__ = "2.3.6"\n')
-        wheel.writestr('mmcv/_ext.py', extension)
-        wheel.writestr(
-            f'{info}/METADATA', 'Metadata-Version: 2.1\nName: onedl-mmcv\nVersion: 2.3.6\n'
-        )
-        wheel.writestr(f'{info}/WHEEL', f'Wheel-Version: 1.0\nTag: {tag}-{tag}-linux_x86_64\n')
-        wheel.writestr(f'{info}/RECORD', '')
+        for file, content in files.items():
+            wheel.writestr(file, content)
     (page / 'index.html').write_text(f'<a href="{name}">{name}</a>')
 
 
-@pytest.fixture
-def index(tmp_path):
-    """A folder that plays the index, and its address."""
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
-    handler.log_message = lambda *args: None
-    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield tmp_path, f'http://127.0.0.1:{server.server_port}'
-    server.shutdown()
-    server.server_close()
-
-
 @pytest.mark.parametrize(('extension', 'loads'), [(WORKS, True), (BROKEN, False)])
-def test_wheel_of_the_index_is_installed(index, tmp_path, extension, loads):
-    folder, address = index
-    publish(folder, 'cpu-torch2120', extension)
+def test_wheel_of_the_index_is_installed(tmp_path, extension, loads):
+    publish(tmp_path, 'cpu-torch2120', extension)
     target = tmp_path / 'site-packages'
-    code, _ = bash(
-        f'mmcv_wheel install cpu-torch2120 --target {target}', MMCV_WHEELS=address, no_proxy='*'
-    )
-    done = subprocess.run(
-        [sys.executable, '-c', 'import mmcv._ext; print(mmcv.__file__)'],
-        env={**os.environ, 'PYTHONPATH': str(target)},
-        capture_output=True,
-        text=True,
-    )
-
+    code, _ = bash(f'mmcv_wheel install cpu-torch2120 --target {target}', tmp_path)
+    command = [sys.executable, '-c', 'import mmcv._ext; print(mmcv.__file__)']
+    variables = {**os.environ, 'PYTHONPATH': str(target)}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True)
     assert code == 0
     # `make env` compiles if it does not load.
     assert (done.returncode == 0) == loads
@@ -83,17 +57,12 @@ def test_wheel_of_the_index_is_installed(index, tmp_path, extension, loads):
 
 
 @pytest.mark.parametrize('there', ['other Python', 'no server'])
-def test_set_up_goes_on_without_a_wheel(index, there):
-    folder, address = index
-    publish(folder, 'cpu-torch2120', tag='cp39')
-    if there == 'no server':
-        address = 'http://127.0.0.1:1'
-    code, printed = bash(
-        f'mmcv_wheel download cpu-torch2120 --dest {folder}', MMCV_WHEELS=address, no_proxy='*'
-    )
-
+def test_set_up_goes_on_without_a_wheel(tmp_path, there):
+    publish(tmp_path, 'cpu-torch2120', tag='cp39')
+    index = 'http://127.0.0.1:1' if there == 'no server' else tmp_path
+    code, printed = bash(f'mmcv_wheel download cpu-torch2120 --dest {tmp_path}', index)
     assert (code == 0, printed) == (False, '')
-    assert bash('torch_with_wheel', MMCV_WHEELS=address, no_proxy='*') == (0, '')
+    assert bash('torch_with_wheel', index) == (0, '')
 
 
 @pytest.mark.parametrize(
@@ -103,18 +72,15 @@ def test_set_up_goes_on_without_a_wheel(index, there):
         (['cu128-torch280'], 'torch==2.8.0 torchvision==0.23.0'),
     ],
 )
-def test_newcomer_gets_the_newest_torch_that_has_a_wheel(index, folders, wanted):
-    folder, address = index
+def test_newcomer_gets_the_newest_torch_that_has_a_wheel(tmp_path, folders, wanted):
     for name in folders:
-        publish(folder, name)
-
-    assert bash('torch_with_wheel', MMCV_WHEELS=address, no_proxy='*') == (0, wanted)
+        publish(tmp_path, name)
+    assert bash('torch_with_wheel', tmp_path) == (0, wanted)
 
 
 def test_folder_is_that_of_the_installed_torch():
     device = f'cu{torch.version.cuda}'.replace('.', '') if torch.version.cuda else 'cpu'
     major, minor = torch.__version__.split('.')[:2]
-
     assert bash('wheel_folder') == (0, f'{device}-torch{major}{minor}0')
 
 
@@ -131,5 +97,4 @@ def test_set_up_ends_with_a_look_at_what_is_installed(module, code, said):
     done = subprocess.run(
         ['bash', '-c', script, 'tools/misc/setup_env.sh'], cwd=ROOT, capture_output=True, text=True
     )
-
     assert (done.returncode, said in done.stdout + done.stderr) == (code, True), done

@@ -1,51 +1,45 @@
 # Copyright (c) mmscalablevit contributors. All rights reserved.
 """The demo's data set of drawn shapes."""
 
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
-from jobs import ROOT, load_tool
+from jobs import load_tool
 from pycocotools.coco import COCO
 
-SHAPES = ROOT / 'demo/shapes.py'
+SHAPES = 'demo/shapes.py'
 SMALL = dict(num_train=12, num_val=6, size=64)
+shapes = load_tool(SHAPES)
 
 
-shapes = load_tool('demo/shapes.py')
-# Its worker processes find it by its name.
-sys.path.append(str(SHAPES.parent))
-
-
-def read_tree(folder: Path) -> dict[str, bytes]:
+def read_tree(folder):
     files = [path for path in folder.rglob('*') if path.is_file()]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 @pytest.fixture(scope='module')
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def dataset(tmp_path_factory):
     out_dir = tmp_path_factory.mktemp('shapes')
     assert shapes.write_shapes(out_dir, **SMALL)
     return out_dir
 
 
 @pytest.fixture(scope='module', params=['training', 'validation'])
-def split(request: pytest.FixtureRequest, dataset: Path) -> tuple[Path, str, COCO]:
+def split(request, dataset):
     file = dataset / f'annotations/instances_{request.param}.json'
     return dataset, request.param, COCO(str(file))
 
 
-def test_files_are_laid_out_as_documented(dataset: Path) -> None:
+def test_files_are_laid_out_as_documented(dataset):
     for name, count in (('training', 12), ('validation', 6)):
         for folder, suffix in (('images', '.jpg'), ('annotations', '.png')):
             found = sorted(path.name for path in (dataset / folder / name).iterdir())
             assert found == [f'{i:06d}{suffix}' for i in range(1, count + 1)]
 
 
-def test_coco_lists_the_images(split: tuple[Path, str, COCO]) -> None:
+def test_coco_lists_the_images(split):
     folder, name, coco = split
     listed = coco.loadImgs(coco.getImgIds())
     files = sorted(p.name for p in (folder / 'images' / name).iterdir())
@@ -56,7 +50,7 @@ def test_coco_lists_the_images(split: tuple[Path, str, COCO]) -> None:
     assert [c['name'] for c in coco.loadCats([1, 2, 3, 4])] == list(shapes.CLASSES)
 
 
-def test_coco_annotations_agree_with_their_masks(split: tuple[Path, str, COCO]) -> None:
+def test_coco_annotations_agree_with_their_masks(split):
     coco = split[2]
     annotations = coco.loadAnns(coco.getAnnIds())
     assert len({a['id'] for a in annotations}) == len(coco.dataset['annotations'])
@@ -71,7 +65,7 @@ def test_coco_annotations_agree_with_their_masks(split: tuple[Path, str, COCO]) 
         assert annotation['iscrowd'] == 0
 
 
-def test_label_maps_are_the_union_of_the_coco_masks(split: tuple[Path, str, COCO]) -> None:
+def test_label_maps_are_the_union_of_the_coco_masks(split):
     folder, name, coco = split
     for image in coco.loadImgs(coco.getImgIds()):
         file = folder / 'annotations' / name / image['file_name'].replace('.jpg', '.png')
@@ -87,7 +81,7 @@ def test_label_maps_are_the_union_of_the_coco_masks(split: tuple[Path, str, COCO
         np.testing.assert_array_equal(label_map, expected)
 
 
-def whole_shapes(count: int) -> list[tuple[np.ndarray, str]]:
+def whole_shapes(count):
     """Mask and class of the shapes that nothing touches, cuts off or hides."""
     found = []
     for i in range(count):
@@ -100,7 +94,7 @@ def whole_shapes(count: int) -> list[tuple[np.ndarray, str]]:
     return found
 
 
-def test_labels_name_the_drawn_shape() -> None:
+def test_labels_name_the_drawn_shape():
     # From geometry: the share that a shape fills of its smallest enclosing circle (1, 0.64, 0.41;
     # for stars 0.37 to 0.47) and of its convex hull (1; for stars 0.49 to 0.62). Whole pixels blur
     # both.
@@ -122,7 +116,7 @@ def test_labels_name_the_drawn_shape() -> None:
 
 
 @pytest.mark.parametrize('size', [32, 100])
-def test_shapes_scale_with_the_image(size: int) -> None:
+def test_shapes_scale_with_the_image(size):
     image, masks, labels = shapes.draw_image(np.random.default_rng(3), size)
     assert image.shape == (size, size, 3)
     assert image.dtype == np.uint8
@@ -133,7 +127,7 @@ def test_shapes_scale_with_the_image(size: int) -> None:
 
 
 @pytest.mark.parametrize('workers', [1, 2])
-def test_same_arguments_give_the_same_bytes(dataset: Path, tmp_path: Path, workers: int) -> None:
+def test_same_arguments_give_the_same_bytes(dataset, tmp_path, workers):
     # The workers of a process that has threads.
     cv2.setNumThreads(2)
     cv2.resize(np.zeros((2000, 2000, 3), np.uint8), (3000, 3000))
@@ -141,19 +135,19 @@ def test_same_arguments_give_the_same_bytes(dataset: Path, tmp_path: Path, worke
     assert read_tree(tmp_path / 'again') == read_tree(dataset)
 
 
-def test_other_seed_and_other_split_give_other_images(dataset: Path, tmp_path: Path) -> None:
+def test_other_seed_and_other_split_give_other_images(dataset, tmp_path):
     shapes.write_shapes(tmp_path, **SMALL, seed=1)
     found = [x for y in (dataset, tmp_path) for x in read_tree(y / 'images').values()]
     assert len(set(found)) == len(found) == 36
 
 
-def test_longer_set_begins_with_the_shorter_one(dataset: Path, tmp_path: Path) -> None:
+def test_longer_set_begins_with_the_shorter_one(dataset, tmp_path):
     shapes.write_shapes(tmp_path, num_train=13, num_val=6, size=64)
     longer = read_tree(tmp_path / 'images')
     assert longer.items() > read_tree(dataset / 'images').items()
 
 
-def test_finished_set_is_left_alone(tmp_path: Path) -> None:
+def test_finished_set_is_left_alone(tmp_path):
     assert shapes.write_shapes(tmp_path, **SMALL)
     times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob('*')}
     assert not shapes.write_shapes(tmp_path, **SMALL)
@@ -161,9 +155,7 @@ def test_finished_set_is_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize('written', [0, 14])
-def test_interrupted_set_is_completed(
-    dataset: Path, tmp_path: Path, written: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupted_set_is_completed(dataset, tmp_path, written, monkeypatch):
     draw = [shapes.draw_image] * written
     with monkeypatch.context() as patch:
         patch.setattr(shapes, 'draw_image', lambda *args: draw.pop()(*args))
@@ -177,9 +169,7 @@ def test_interrupted_set_is_completed(
     assert read_tree(tmp_path) == read_tree(dataset)
 
 
-def test_other_arguments_replace_the_set(
-    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_other_arguments_replace_the_set(dataset, tmp_path, capsys):
     shapes.write_shapes(tmp_path, num_train=14, num_val=2, size=32, seed=5)
     capsys.readouterr()
     assert shapes.write_shapes(tmp_path, **SMALL)
@@ -188,7 +178,7 @@ def test_other_arguments_replace_the_set(
 
 
 @pytest.mark.parametrize('name', ['images/training/mine.jpg', 'notes.txt', 'shapes.json'])
-def test_folder_of_somebody_else_is_not_touched(tmp_path: Path, name: str) -> None:
+def test_folder_of_somebody_else_is_not_touched(tmp_path, name):
     file = tmp_path / name
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text('{"mine": true}')
@@ -197,7 +187,7 @@ def test_folder_of_somebody_else_is_not_touched(tmp_path: Path, name: str) -> No
     assert read_tree(tmp_path) == {name: b'{"mine": true}'}
 
 
-def test_command_writes_the_set_and_says_where(call: Callable) -> None:
+def test_command_writes_the_set_and_says_where(call):
     sizes = ('--num-train', 3, '--num-val', 2, '--size', 32)
     code, said = call(SHAPES, 'set', *sizes, '--workers', 2)
     assert code == 0
@@ -215,7 +205,7 @@ def test_command_writes_the_set_and_says_where(call: Callable) -> None:
         ('file/set', (), "Not a directory: 'file/"),
     ],
 )
-def test_mistakes_are_named(call: Callable, folder: str, args: tuple, message: str) -> None:
+def test_mistakes_are_named(call, folder, args, message):
     Path('file').write_text('')
     code, said = call(SHAPES, folder, *args)
     assert message in f'{code} {said}'

@@ -1,8 +1,5 @@
 # Copyright (c) mmscalablevit contributors. All rights reserved.
-"""Any image size, batch, memory layout and arch gives what the plain formulas give.
-
-Each property is tried on drawn cases: a few in the normal suite, many more in the long one.
-"""
+"""Any image size, batch, memory layout and arch gives what the plain formulas give."""
 
 import math
 
@@ -11,6 +8,7 @@ import torch
 from golden import load_reference, relative_error
 from hypothesis import HealthCheck, assume, given, seed, settings
 from hypothesis import strategies as st
+from jobs import long
 from plain import plain_forward
 
 from mmscalablevit import ScalableViT
@@ -22,26 +20,18 @@ LARGEST_SIDE, LARGEST_RATIO = 260, 40
 TOLERANCES = {torch.float32: 1e-3, torch.float64: 1e-11}
 
 
-def number_of_cases(few, many):
-    """How many to draw, in the normal suite and in the long one."""
-    return pytest.mark.parametrize('number', [few, pytest.param(many, marks=pytest.mark.long)])
+def drawn(few, many, **strategies):
+    """A test of so many cases in the normal suite and in the long one, the same in every run."""
+    options = dict(database=None, deadline=None, suppress_health_check=list(HealthCheck))
 
+    def decorate(check):
+        @pytest.mark.parametrize('number', [few, long(many)])
+        def test(number):
+            seed(0)(settings(max_examples=number, **options)(given(**strategies)(check)))()
 
-def check_cases(number, check, **strategies):
-    """Call ``check`` with drawn arguments, the same ones in every run."""
+        return test
 
-    @seed(0)
-    @settings(
-        max_examples=number,
-        database=None,
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(st.fixed_dictionaries(strategies))
-    def run(case):
-        check(**case)
-
-    run()
+    return decorate
 
 
 @st.composite
@@ -93,40 +83,34 @@ def images(batch, size, seed):
     return torch.randn(batch, 3, *size, generator=generator)
 
 
-def assert_plain(net, arch, x, tolerance, **norms):
-    outs = net(x)
+@drawn(
+    10,
+    280,
+    arch=st.sampled_from(PRESETS) | ARCHS,
+    size=SIZES,
+    batch=BATCHES,
+    pixels=PIXELS,
+    training=st.booleans(),
+    dtype=st.sampled_from(list(TOLERANCES)),
+    stage_norm=st.sampled_from(['chained', 'output', None]),
+    final_norm=st.booleans(),
+)
+def test_presets_and_drawn_archs_equal_the_plain_formulas(
+    arch, size, batch, pixels, training, dtype, **norms
+):
+    net = model(arch, **norms).to(dtype).train(training)
+    x = images(batch, size, pixels).to(dtype)
+    with torch.set_grad_enabled(training):
+        outs = net(x)
     with torch.no_grad():
         expected = plain_forward(net.state_dict(), arch, x, **norms)
-    sides = [math.ceil(side / 4) for side in x.shape[-2:]]
+    sides = [math.ceil(side / 4) for side in size]
     for out, want, dims in zip(outs, expected, arch['embed_dims'], strict=True):
-        assert out.shape == (len(x), dims, *sides)
-        assert out.dtype == x.dtype
+        assert out.shape == (batch, dims, *sides)
+        assert out.dtype == dtype
         assert out.isfinite().all()
-        assert relative_error(out, want) < tolerance
+        assert relative_error(out, want) < TOLERANCES[dtype]
         sides = [math.ceil(side / 2) for side in sides]
-
-
-@number_of_cases(10, 280)
-def test_presets_and_drawn_archs_equal_the_plain_formulas(number):
-    def check(arch, size, batch, pixels, training, dtype, stage_norm, final_norm):
-        norms = dict(stage_norm=stage_norm, final_norm=final_norm)
-        net = model(arch, **norms).to(dtype).train(training)
-        with torch.set_grad_enabled(training):
-            x = images(batch, size, pixels).to(dtype)
-            assert_plain(net, arch, x, TOLERANCES[dtype], **norms)
-
-    check_cases(
-        number,
-        check,
-        arch=st.sampled_from(PRESETS) | ARCHS,
-        size=SIZES,
-        batch=BATCHES,
-        pixels=PIXELS,
-        training=st.booleans(),
-        dtype=st.sampled_from(list(TOLERANCES)),
-        stage_norm=st.sampled_from(['chained', 'output', None]),
-        final_norm=st.booleans(),
-    )
 
 
 LAYOUTS = {
@@ -139,30 +123,27 @@ LAYOUTS = {
 }
 
 
-@number_of_cases(6, 60)
-def test_batch_mates_and_memory_layout_make_no_difference(number):
-    def check(arch, size, batch, pixels, place, layout):
-        net = model(arch)
-        x = images(batch + 1, size, pixels)
-        place %= len(x)
-        others = torch.full_like(x, math.nan)
-        others[place] = x[place]
-        with torch.no_grad():
-            cases = net(x), net(others), net(x[place : place + 1]), net(LAYOUTS[layout](x))
-        for out, among_others, alone, laid_out in zip(*cases, strict=True):
-            assert out.is_contiguous()
-            assert laid_out.is_contiguous()
-            assert torch.equal(among_others[place], out[place])
-            assert relative_error(alone[0], out[place]) < TOLERANCES[x.dtype]
-            assert relative_error(laid_out, out) < TOLERANCES[x.dtype]
-
-    check_cases(
-        number,
-        check,
-        arch=ARCHS,
-        size=SIZES,
-        batch=st.integers(1, 2),
-        pixels=PIXELS,
-        place=BATCHES,
-        layout=st.sampled_from(list(LAYOUTS)),
-    )
+@drawn(
+    6,
+    60,
+    arch=ARCHS,
+    size=SIZES,
+    batch=st.integers(2, 3),
+    pixels=PIXELS,
+    place=BATCHES,
+    layout=st.sampled_from(list(LAYOUTS)),
+)
+def test_batch_mates_and_memory_layout_make_no_difference(arch, size, batch, pixels, place, layout):
+    net = model(arch)
+    x = images(batch, size, pixels)
+    place %= len(x)
+    others = torch.full_like(x, math.nan)
+    others[place] = x[place]
+    with torch.no_grad():
+        cases = net(x), net(others), net(x[place : place + 1]), net(LAYOUTS[layout](x))
+    for out, among_others, alone, laid_out in zip(*cases, strict=True):
+        assert out.is_contiguous()
+        assert laid_out.is_contiguous()
+        assert torch.equal(among_others[place], out[place])
+        assert relative_error(alone[0], out[place]) < TOLERANCES[x.dtype]
+        assert relative_error(laid_out, out) < TOLERANCES[x.dtype]

@@ -5,13 +5,13 @@ import hashlib
 import importlib.util
 import json
 import re
-import runpy
 import sys
 
 import numpy as np
 import pytest
 import torch
-from jobs import ROOT, load_tool, write_image, write_map
+from jobs import ROOT, load_tool, run_tool, write_image, write_map
+from logs import session, step
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from test_dataset_converters import write_lists, write_voc
@@ -33,17 +33,7 @@ SHORT = {
     **{f'{x}_dataloader.persistent_workers': False for x in ('train', 'val')},
 }
 if importlib.util.find_spec('mmcv._ext') is None:
-    pytest.skip(
-        'detectors and segmentors need the compiled operators of mmcv', allow_module_level=True
-    )
-
-
-def run_tool(path, *arguments):
-    """Run a tool in this process, as its file would be."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, 'argv', [path, *map(str, arguments)])
-        patch.syspath_prepend(str((ROOT / path).parent))
-        runpy.run_path(str(ROOT / path), run_name='__main__')
+    pytest.skip('the models need the compiled operators of mmcv', allow_module_level=True)
 
 
 @pytest.fixture(scope='module')
@@ -68,17 +58,13 @@ def data(tmp_path_factory):
         write_map(raw / 'camvid' / f'{split}annot' / f'{name}.png', labels)
     for name, line in load_tool('tools/experiments.py').CONVERTERS.items():
         script, *options = line.split()
-        run_tool(f'tools/dataset_converters/{script}', raw / name, root / 'data' / name, *options)
+        converter = ROOT / 'tools' / 'dataset_converters' / script
+        run_tool([converter, raw / name, root / 'data' / name, *options], root)
     return root
 
 
 def load(path):
     return Config.fromfile(path, import_custom_modules=False)
-
-
-def config_of(backbone, task):
-    (path,) = (p for p in CONFIGS if f'{backbone}_' in p.stem and f'_{task}-' in p.stem)
-    return path
 
 
 @pytest.mark.parametrize('path', TRAINED, ids=lambda path: path.stem)
@@ -161,19 +147,11 @@ def page(monkeypatch, tmp_path):
 
 def write_run(work_dir, config, seed, losses, last):
     """A work directory as a training of as many iterations as losses leaves it."""
-    folder = work_dir / '20260101_000000' / 'vis_data'
-    folder.mkdir(parents=True)
-    path = ROOT / 'configs' / 'small_data' / f'{config}.py'
-    cfg = load(path)
+    cfg = load(ROOT / 'configs' / 'small_data' / f'{config}.py')
     cfg.randomness.seed = seed
     cfg.train_cfg.update(max_iters=len(losses), val_interval=len(losses))
-    cfg.dump(folder / 'config.py')
-    cfg.dump(work_dir / path.name)
-    records = [
-        dict(iter=i, step=i, loss=loss, time=2.0, lr=0.1) for i, loss in enumerate(losses, start=1)
-    ]
-    records.append(dict(last, step=0))
-    (folder / 'scalars.json').write_text('\n'.join(map(json.dumps, records)))
+    records = [dict(step(i, seconds=2.0), loss=loss) for i, loss in enumerate(losses, start=1)]
+    session(work_dir, [*records, dict(last, step=0)], cfg.to_dict(), config)
     return work_dir
 
 
@@ -241,16 +219,14 @@ def test_committed_page_is_up_to_date(page):
     found = ROOT / 'docs'
     page.LOGS = found / 'results'
     text = (found / 'results.md').read_text()
-
     assert page.fill(text, page.read_logs()) == text
 
 
-def test_weights_are_released_in_half_precision(tmp_path, capsys):
+def test_weights_are_released_in_half_precision(tmp_path):
     weights = dict(weight=torch.full((2, 2), 1 / 3), count=torch.tensor(7))
     torch.save(dict(state_dict=weights, optimizer={}), tmp_path / 'iter_800.pth')
-    publish = 'tools/model_converters/publish_model.py'
-    run_tool(publish, tmp_path / 'iter_800.pth', tmp_path / 'released', '--half')
-
+    publish = ROOT / 'tools' / 'model_converters' / 'publish_model.py'
+    run_tool([publish, 'iter_800.pth', 'released', '--half'], tmp_path)
     (path,) = tmp_path.glob('released-*.pth')
     released = torch.load(path, weights_only=True)['state_dict']
     assert (released['weight'].dtype, released['count'].dtype) == (torch.float16, torch.int64)

@@ -11,7 +11,7 @@ import time
 import numpy as np
 import psutil
 import pytest
-from jobs import ROOT, finish, job_environment, start_tool
+from jobs import ROOT, finish, job_environment, long, start_tool
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
@@ -28,11 +28,7 @@ train_dataloader = dict(
     persistent_workers=True,
     batch_sampler=None,
     sampler=dict(_delete_=True, type='InfiniteSampler'),
-    dataset=dict(
-        pipeline=[
-            resize if step['type'] == 'Resize' else step for step in _base_.train_pipeline
-        ]
-    ),
+    dataset=dict(pipeline=[*_base_.train_pipeline[:2], resize, *_base_.train_pipeline[3:]]),
 )
 train_cfg = dict(_delete_=True, type='IterBasedTrainLoop', max_iters={max_iters})
 param_scheduler = []
@@ -106,7 +102,6 @@ def test_memory_does_not_grow(threads, folder):
 
 def test_memory_settles(folder):
     memory, sizes = soak(folder, 60, threads=1)
-
     assert sizes > 60
     assert memory[-1] / memory[0] < 1.1
 
@@ -114,10 +109,8 @@ def test_memory_settles(folder):
 @pytest.mark.parametrize(
     ('how', 'code'),
     [
-        pytest.param('ends', 0, marks=pytest.mark.long),
-        pytest.param('fails', 1, marks=pytest.mark.long),
-        pytest.param(signal.SIGINT, -signal.SIGINT, marks=pytest.mark.long),
-        pytest.param(signal.SIGTERM, -signal.SIGTERM, marks=pytest.mark.long),
+        *(long('ends', 0), long('fails', 1)),
+        *(long(number, -number) for number in (signal.SIGINT, signal.SIGTERM)),
         (signal.SIGKILL, -signal.SIGKILL),
     ],
     ids=str,

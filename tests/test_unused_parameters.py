@@ -6,9 +6,9 @@ import itertools
 
 import pytest
 import torch
-from config_cases import CONFIGS, DEMO, load
+from config_cases import CONFIGS, DEMO, load, names_in
 from golden import TINY
-from jobs import ROOT
+from jobs import long
 from mmengine.model import MMDistributedDataParallel
 from mmengine.optim import build_optim_wrapper
 from test_config_models import batch_of, build, shallow
@@ -17,9 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mmscalablevit import ScalableViT
 
-CLASSIFICATION = sorted(
-    f'classification/{path.name}' for path in (ROOT / 'configs' / 'classification').glob('*.py')
-)
+CLASSIFICATION = names_in('classification')
 SUBSETS = [subset for length in range(1, 5) for subset in itertools.combinations(range(4), length)]
 
 
@@ -50,15 +48,12 @@ def step_twice(model):
     """Train as DistributedDataParallel does by default: the second forward finds what is unused."""
     wrapped = DistributedDataParallel(model.train())
     for _ in range(2):
-        wrapped(torch.rand(1, 3, 64, 64)).backward()
+        wrapped(torch.rand(1, 3, 32, 32)).backward()
 
 
 @pytest.mark.parametrize('with_cp', [False, True])
 @pytest.mark.parametrize('frozen_stages', range(-1, 5))
-@pytest.mark.parametrize(
-    'stage_norm',
-    ['chained', *(pytest.param(value, marks=pytest.mark.long) for value in ('output', None))],
-)
+@pytest.mark.parametrize('stage_norm', ['chained', long('output'), long(None)])
 def test_every_parameter_is_used(stage_norm, frozen_stages, with_cp, group):
     for out_indices in SUBSETS:
         model = WithNeck(
@@ -99,21 +94,12 @@ def train_distributed(cfg):
         options.type = 'CPUAmpOptimWrapper'
     wrapper = build_optim_wrapper(model, options)
     # The arguments with which mmengine's runner wraps a model.
-    wrapped = MMDistributedDataParallel(
-        model,
-        device_ids=None,
-        broadcast_buffers=False,
-        find_unused_parameters=cfg.get('find_unused_parameters', False),
-    )
+    arguments = dict(device_ids=None, broadcast_buffers=False, find_unused_parameters=False)
+    wrapped = MMDistributedDataParallel(model, **arguments)
     for data in batches_of(cfg):
         log = wrapped.train_step(data, wrapper)
         assert all(value.isfinite() for value in log.values()), log
     return sum(parameter.requires_grad for parameter in model.parameters())
-
-
-def long(*names, frozen_stages=(-1,)):
-    cases = itertools.product(names, frozen_stages)
-    return [pytest.param(*case, marks=pytest.mark.long) for case in cases]
 
 
 ONE_OF_EACH_TASK = [
@@ -121,15 +107,12 @@ ONE_OF_EACH_TASK = [
     'segmentation/scalablevit-s_upernet_8xb2-160k_ade20k-512x512.py',
     'classification/scalablevit-s_8xb128_in1k.py',
 ]
+MANY = [*itertools.product([*CONFIGS, *CLASSIFICATION], [-1])]
+MANY += itertools.product(ONE_OF_EACH_TASK, range(5))
 
 
 @pytest.mark.parametrize(
-    ('name', 'frozen_stages'),
-    [
-        *((name, -1) for name in DEMO),
-        *long(*CONFIGS, *CLASSIFICATION),
-        *long(*ONE_OF_EACH_TASK, frozen_stages=range(5)),
-    ],
+    ('name', 'frozen_stages'), [*((name, -1) for name in DEMO), *(long(*case) for case in MANY)]
 )
 def test_configs_use_every_parameter(name, frozen_stages, group):
     cfg = copy.deepcopy(load(name))

@@ -13,25 +13,17 @@ from mmscalablevit import ScalableViT
 
 TOOL = 'tools/analysis_tools/visualize_backbone.py'
 CONFIG = ROOT / 'tests' / 'data' / 'tiny_upernet.py'
+tool = load_tool(TOOL)
 PICTURES = ['attention.png', 'features.png', 'receptive_fields.png', 'windows.png']
-
-
-@pytest.fixture(scope='module')
-def tool():
-    return load_tool(TOOL)
-
-
-def randomized(module):
-    torch.manual_seed(0)
-    for parameter in module.parameters():
-        nn.init.normal_(parameter, std=0.2)
-    return module.eval()
 
 
 @pytest.mark.parametrize('kv', ['separate', 'merged'])
 @pytest.mark.parametrize('size', [(53, 70), (9, 30)])
-def test_what_is_drawn_is_what_the_attentions_compute(tool, kv, size):
-    backbone = randomized(ScalableViT(dict(TINY, ssa_kv=kv)))
+def test_what_is_drawn_is_what_the_attentions_compute(kv, size):
+    torch.manual_seed(0)
+    backbone = ScalableViT(dict(TINY, ssa_kv=kv)).eval()
+    for parameter in backbone.parameters():
+        nn.init.normal_(parameter, std=0.2)
     attentions = tool.last_attentions(backbone)
     assert attentions['3.ssa'] is backbone.stages[3][1].attn
     outs, maps = tool.record(backbone, attentions, torch.randn(1, 3, *size))
@@ -58,7 +50,7 @@ def assert_close(value, wanted):
     torch.testing.assert_close(value, wanted, atol=1e-3, rtol=1e-3)
 
 
-def test_receptive_field_of_a_convolution(tool):
+def test_receptive_field_of_a_convolution():
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
@@ -78,7 +70,7 @@ def test_receptive_field_of_a_convolution(tool):
     assert tool.side_holding(first, 0.9) == 5
 
 
-def test_receptive_field_of_an_untrained_backbone_is_not_empty(tool):
+def test_receptive_field_of_an_untrained_backbone_is_not_empty():
     torch.manual_seed(0)
     backbone = ScalableViT(tool.cli.Config.fromfile(CONFIG).model.backbone.arch).eval()
     backbone.init_weights()
@@ -88,7 +80,7 @@ def test_receptive_field_of_an_untrained_backbone_is_not_empty(tool):
     assert 4 < sides[0] < sides[2]
 
 
-def test_principal_components_find_the_direction_of_change(tool):
+def test_principal_components_find_the_direction_of_change():
     ramp = torch.linspace(-1, 1, 12).expand(4, 12)
     x = torch.randn(8, 1, 1, generator=torch.Generator().manual_seed(0)).abs() * ramp
     colors = tool.principal_components(x + 1e-3 * torch.randn(x.shape))
@@ -97,7 +89,7 @@ def test_principal_components_find_the_direction_of_change(tool):
 
 
 @pytest.mark.parametrize('size', [(20, 31), (150, 90)])
-def test_pictures_of_any_size(tool, call, tmp_path, size):
+def test_pictures_of_any_size(call, tmp_path, size):
     pytest.importorskip('mmseg')
     write_image(tmp_path / 'image.png', size)
     torch.manual_seed(0)

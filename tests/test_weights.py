@@ -15,13 +15,13 @@ from urllib.parse import parse_qs, urlparse
 import pytest
 import torch
 from golden import read_json, reference_state
-from jobs import ROOT, draw_shapes, job_environment, load_tool, run, run_tool
+from jobs import ROOT, draw_shapes, job_environment, run, run_tool
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import CheckpointLoader
 from PIL import Image
 
-from mmscalablevit import ScalableViT, cli
+from mmscalablevit import ScalableViT
 from mmscalablevit.checkpoint import weights
 from mmscalablevit.checkpoint.weights import RELEASED, fetch_released
 from mmscalablevit.errors import CheckpointError
@@ -30,9 +30,12 @@ pytest.importorskip('gdown')
 pytestmark = pytest.mark.skipif(not shutil.which('openssl'), reason='needs openssl')
 
 HOSTS = ('drive.google.com', 'docs.google.com', 'drive.usercontent.google.com')
-QUOTA = """<html><body><p class="uc-error-caption">Quota exceeded</p>
+PAGES = {
+    'quota': b"""<html><body><p class="uc-error-caption">Quota exceeded</p>
 <p class="uc-error-subcaption">Too many users have viewed or downloaded this file recently.</p>
-</body></html>"""
+</body></html>""",
+    'wrong content': b'<html>not weights</html>',
+}
 
 
 class Drive(http.server.BaseHTTPRequestHandler):
@@ -54,23 +57,18 @@ class Drive(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.server.requests.append(self.path)
         file = parse_qs(urlparse(self.path).query)['id'][0]
-        behavior, content = self.server.behavior, self.server.files[file]
-        if behavior == 'quota':
-            self.answer(QUOTA.encode(), page=True)
-        elif behavior == 'interrupted':
-            self.answer(content, length=len(content) + 1000)
-        elif behavior == 'wrong content':
-            self.answer(b'<html>not weights</html>')
-        elif behavior == 'error':
+        behavior = self.server.behavior
+        content = PAGES.get(behavior, self.server.files[file])
+        if behavior == 'error':
             self.send_error(503)
-        else:
-            self.answer(content)
-
-    def answer(self, content, page=False, length=None):
+            return
         self.send_response(200)
-        self.send_header('Content-Length', str(length or len(content)))
-        self.send_header('Content-Type', 'text/html' if page else 'application/octet-stream')
-        if not page:
+        missing = 1000 if behavior == 'interrupted' else 0
+        self.send_header('Content-Length', str(len(content) + missing))
+        if behavior == 'quota':
+            self.send_header('Content-Type', 'text/html')
+        else:
+            self.send_header('Content-Type', 'application/octet-stream')
             self.send_header('Content-Disposition', 'attachment; filename="best.pth"')
         self.end_headers()
         self.wfile.write(content)
@@ -92,9 +90,7 @@ def released():
     """The bytes of a classifier in the released layout, of every size."""
     files = {}
     for size in ('small', 'base', 'large'):
-        state = (
-            reference_state(read_json(f'state_dict_keys_{size}.json')) if size == 'small' else {}
-        )
+        state = wanted_state() if size == 'small' else {}
         torch.save(dict(model=state), buffer := io.BytesIO())
         files[RELEASED[size].weights] = buffer.getvalue()
     return files
@@ -119,6 +115,10 @@ def drive(tmp_path, monkeypatch, certificate, released):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
         server.shutdown()
+
+
+def wanted_state():
+    return reference_state(read_json('state_dict_keys_small.json'))
 
 
 def cached_files(drive):
@@ -163,9 +163,8 @@ def test_a_failed_download_says_what_to_do_by_hand(drive, released, behavior):
 def test_no_network_and_no_gdown_say_what_to_do_by_hand(drive, monkeypatch):
     drive.shutdown()
     drive.server_close()
-    with pytest.raises(
-        CheckpointError, match=r'cannot be downloaded .*; open https.* save the file as'
-    ):
+    by_hand = r'cannot be downloaded .*; open https.* save the file as'
+    with pytest.raises(CheckpointError, match=by_hand):
         fetch_released('scalablevit://base')
     monkeypatch.setitem(sys.modules, 'gdown', None)
     with pytest.raises(CheckpointError, match=r'pip install gdown\), or open https'):
@@ -189,14 +188,14 @@ def test_other_addresses_are_refused(end):
 def test_the_backbone_starts_from_them(drive):
     model = ScalableViT(init_cfg=dict(type='Pretrained', checkpoint='scalablevit://small'))
     model.init_weights()
-    wanted = reference_state(read_json('state_dict_keys_small.json'))
+    wanted = wanted_state()
     for name, tensor in model.state_dict().items():
         assert name.startswith('norm_list.') or torch.equal(tensor, wanted[name])
 
 
 def test_mmengines_loader_gives_an_mmpretrain_classifier(drive):
     content = CheckpointLoader.load_checkpoint('scalablevit://small', 'cpu')
-    wanted = reference_state(read_json('state_dict_keys_small.json'))
+    wanted = wanted_state()
     assert content['meta'] == dict(arch='small')
     assert len(content['state_dict']) == len(wanted)
     for name, tensor in content['state_dict'].items():
@@ -243,10 +242,9 @@ def test_one_command_gives_the_top_1_of_a_size(drive, released, tmp_path):
     lines = []
     for i in range(4):
         # Of the size that the pipeline crops, and one color, so that resizing changes nothing.
-        Image.new('RGB', (256, 256), (60 * i, 200 - 50 * i, 90)).save(
-            tmp_path / f'data/val/{i}.png'
-        )
-        image = torch.tensor([60.0 * i, 200 - 50 * i, 90])[:, None, None].expand(3, 224, 224)
+        color = (60 * i, 200 - 50 * i, 90)
+        Image.new('RGB', (256, 256), color).save(tmp_path / f'data/val/{i}.png')
+        image = torch.tensor(color).float()[:, None, None].expand(3, 224, 224)
         batch = model.data_preprocessor(dict(inputs=[image.flip(0)], data_samples=None), False)
         label = model(batch['inputs']).argmax().item()
         lines.append(f'{i}.png {(label + (i == 0)) % 1000}')
@@ -259,22 +257,19 @@ def test_one_command_gives_the_top_1_of_a_size(drive, released, tmp_path):
     command += [f'test_dataloader.{option}' for option in options]
     assert 'accuracy/top1: 75.0' in run_tool(command, tmp_path)
     said = run_tool([*command, 'model.backbone.arch=small-merged'], tmp_path, expect=1)
-    assert (
-        "holds arch='small', use --cfg-options model.backbone.arch=small" in said.splitlines()[-1]
-    )
+    last = said.splitlines()[-1]
+    assert "holds arch='small', use --cfg-options model.backbone.arch=small" in last
     assert len(drive.requests) == 1
 
 
-def test_the_tool_downloads_and_lists(drive, released, monkeypatch, capsys):
-    tool = load_tool('tools/model_converters/get_weights.py')
-    monkeypatch.setattr(sys, 'argv', ['get_weights.py', 'small'])
-    cli.run(tool.main)
-    said = capsys.readouterr().out
+def test_the_tool_downloads_and_lists(drive, released, call):
+    tool = 'tools/model_converters/get_weights.py'
+    code, said = call(tool, 'small')
+    assert code == 0
     digest = hashlib.sha256(released[RELEASED['small'].weights]).hexdigest()
     assert str(drive.cache / 'scalablevit-small_in1k.pth') in said
     assert digest in said
     assert "arch 'small'" in said
-    monkeypatch.setattr(sys, 'argv', ['get_weights.py', '--list'])
-    cli.run(tool.main)
-    said = capsys.readouterr().out
+    code, said = call(tool, '--list')
+    assert code == 0
     assert all(part in said for entry in RELEASED.values() for part in (entry.link, entry.log))

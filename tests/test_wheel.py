@@ -23,14 +23,14 @@ def is_litter(name):
     return '__pycache__' in name or 'work_dirs/' in name or name.endswith('.pyc')
 
 
+def files_in(folder, *parts):
+    """Names of all files in a folder, or in some folders of it."""
+    paths = [path for part in parts or '.' for path in (folder / part).rglob('*')]
+    return {str(path.relative_to(folder)) for path in paths if path.is_file()}
+
+
 def shipped():
-    """Names of all files of configs, tools and demo."""
-    return {
-        str(path.relative_to(ROOT))
-        for part in WITH_MIM
-        for path in (ROOT / part).rglob('*')
-        if path.is_file() and not is_litter(str(path))
-    }
+    return {name for name in files_in(ROOT, *WITH_MIM) if not is_litter(name)}
 
 
 def build(source, what):
@@ -69,22 +69,19 @@ def installed(source, tmp_path_factory):
 
 def test_wheel_holds_the_package_and_what_mim_looks_for(installed):
     mim = installed / '.mim'
-    found = {str(path.relative_to(mim)) for path in mim.rglob('*') if path.is_file()}
-    package = {str(path.relative_to(ROOT)) for path in (ROOT / 'mmscalablevit').glob('**/*.py')}
-    files = installed.parent.rglob('*')
-    all_files = {str(path.relative_to(installed.parent)) for path in files if path.is_file()}
-
+    found = files_in(mim)
+    package = {name for name in files_in(ROOT, 'mmscalablevit') if name.endswith('.py')}
     assert found == {*shipped(), 'model-index.yml'}
     for name in found:
         assert (mim / name).read_bytes() == (ROOT / name).read_bytes()
-    rest = {name for name in all_files if '.dist-info/' not in name and '/.mim/' not in name}
+    every = files_in(installed.parent)
+    rest = {name for name in every if '.dist-info/' not in name and '/.mim/' not in name}
     assert rest == {name for name in package if '/.mim/' not in name}
 
 
 def test_source_distribution_can_make_the_same_wheel(source):
     with tarfile.open(build(source, 'sdist')) as archive:
         names = {name.partition('/')[2] for name in archive.getnames() if '.' in Path(name).name}
-
     assert names >= {*shipped(), 'model-index.yml', 'setup.py', 'pyproject.toml', 'README.md'}
     assert not [name for name in names if is_litter(name)]
 
@@ -113,6 +110,5 @@ def test_trains_out_of_an_installed_wheel(installed, tmp_path):
     options += ['train_dataloader.batch_size=2', 'default_hooks.logger.interval=1']
     command = [sys.executable, mim / 'tools' / 'train.py', config, '--work-dir', 'out']
     output = run([*command, '--cfg-options', *options], tmp_path, env)
-
     assert 'coco/segm_mAP' in output
     assert (tmp_path / 'out' / 'iter_2.pth').is_file()

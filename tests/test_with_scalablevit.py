@@ -1,30 +1,20 @@
 # Copyright (c) mmscalablevit contributors. All rights reserved.
 """ScalableViT in configs of the toolboxes: written, built, one loss, one prediction."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from jobs import load_tool
+from golden import TINY
+from jobs import ROOT, load_tool
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS
 from torch import nn
 
-from mmscalablevit import ScalableViT, cli
+from mmscalablevit import ScalableViT
 from mmscalablevit.errors import UserError
 
-ROOT = Path(__file__).parents[1]
-TINY = dict(
-    embed_dims=(16, 32, 48, 64),
-    num_heads=(2, 2, 4, 4),
-    depths=(2, 2, 2, 2),
-    sr_ratios=(8, 4, 2, 1),
-    window_sizes=(7,) * 4,
-    **dict.fromkeys(('c_ratios', 'mlp_ratios'), (1,) * 4),
-    ssa_kv='separate',
-)
+TOOL = 'tools/misc/with_scalablevit.py'
+tool = load_tool(TOOL)
 # The stages that the backbone must return, and where their widths must be.
 ALGORITHMS = {
     'mmdet::rtmdet/rtmdet-ins_s_8xb32-300e_coco.py': ((1, 2, 3), 'neck.in_channels'),
@@ -40,25 +30,14 @@ ALGORITHMS = {
 }
 
 
-@pytest.fixture(scope='module')
-def tool():
-    return load_tool('tools/misc/with_scalablevit.py')
-
-
 @pytest.fixture(autouse=True)
-def tiny(monkeypatch, tool):
+def tiny(monkeypatch):
     monkeypatch.setattr(ScalableViT, 'arch_zoo', {**ScalableViT.arch_zoo, 'tiny': TINY})
     monkeypatch.setattr(tool, 'IMAGE_SIZE', 128)
 
 
-def value_at(cfg, key):
-    for part in key.split('.'):
-        cfg = cfg[part]
-    return cfg
-
-
 @pytest.mark.parametrize('config', ALGORITHMS)
-def test_any_algorithm_gives_a_loss_and_a_prediction(tool, tmp_path, config):
+def test_any_algorithm_gives_a_loss_and_a_prediction(tmp_path, config):
     pytest.importorskip(config.split('::')[0])
     stages, widths_at = ALGORITHMS[config]
     out = tmp_path / 'configs' / 'my.py'
@@ -70,7 +49,8 @@ def test_any_algorithm_gives_a_loss_and_a_prediction(tool, tmp_path, config):
     assert not {'pretrained', 'depth', 'norm_cfg', 'style'} & {*cfg.model, *backbone}
     assert not cfg.get('load_from')
     if widths_at:
-        assert value_at(cfg.model, widths_at) == [TINY['embed_dims'][i] for i in stages]
+        part, key = widths_at.split('.')
+        assert cfg.model[part][key] == [TINY['embed_dims'][i] for i in stages]
     assert 'mmscalablevit' in cfg.custom_imports.imports
     # It inherits, and says only what differs.
     assert len(out.read_text()) < 6000
@@ -85,7 +65,7 @@ def test_any_algorithm_gives_a_loss_and_a_prediction(tool, tmp_path, config):
     'config',
     ['faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py', 'dino/dino-4scale_r50_8xb2-12e_coco.py'],
 )
-def test_norms_and_position_encodings_have_no_weight_decay(tool, tmp_path, config):
+def test_norms_and_position_encodings_have_no_weight_decay(tmp_path, config):
     pytest.importorskip('mmdet')
     cfg = tool.convert(f'mmdet::{config}', str(tmp_path / 'my.py'), 'tiny', 'scalablevit://small')
     wrapper = cfg.optim_wrapper
@@ -103,7 +83,7 @@ def test_norms_and_position_encodings_have_no_weight_decay(tool, tmp_path, confi
     assert wrapper.optimizer.type == 'AdamW'
 
 
-def test_a_path_is_inherited_from_where_it_is(tool, tmp_path):
+def test_a_path_is_inherited_from_where_it_is(tmp_path):
     base = ROOT / 'configs' / 'segmentation' / 'swin-t_upernet_8xb2-160k_ade20k-512x512.py'
     cfg = tool.convert(str(base), str(tmp_path / 'my.py'), 'small', None)
     assert cfg.model.decode_head.in_channels == [64, 128, 256, 512]
@@ -122,18 +102,15 @@ def test_a_path_is_inherited_from_where_it_is(tool, tmp_path):
         ('mmdet::cornernet/cornernet_hourglass104_8xb6-210e-mstest_coco.py', 'has no stages'),
     ],
 )
-def test_what_cannot_be_converted_is_named(tool, tmp_path, config, text):
+def test_what_cannot_be_converted_is_named(tmp_path, config, text):
     pytest.importorskip('mmdet')
     with pytest.raises(UserError, match=text):
         tool.convert(config, str(tmp_path / 'my.py'), 'tiny', None)
     assert not (tmp_path / 'my.py').exists()
 
 
-def test_the_command_line_proves_it(tool, tmp_path, monkeypatch, capsys):
+def test_the_command_line_proves_it(call, monkeypatch):
     pytest.importorskip('mmpretrain')
     monkeypatch.setitem(ScalableViT.arch_zoo, 'small', TINY)
-    config = 'mmpretrain::resnet/resnet50_8xb32_in1k.py'
-    out = tmp_path / 'my.py'
-    monkeypatch.setattr(sys, 'argv', ['with_scalablevit.py', config, '--out', str(out)])
-    cli.run(tool.main)
-    assert f'wrote {out}: ImageClassifier with ScalableViT small, loss' in capsys.readouterr().out
+    said = call(TOOL, 'mmpretrain::resnet/resnet50_8xb32_in1k.py', '--out', 'my.py')[1]
+    assert 'wrote my.py: ImageClassifier with ScalableViT small, loss' in said

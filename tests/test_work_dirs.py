@@ -4,49 +4,25 @@
 import math
 import re
 
+import logs
 import pytest
 import torch
-from logs import (
-    DETECTOR,
-    SEGMENTOR,
-    STAMP,
-    boxes,
-    detector_config,
-    evaluated,
-    segmentor_config,
-    session,
-    step,
-)
+from logs import DETECTOR, LATER, SEGMENTOR, STAMP, boxes, session, step
 
 from mmscalablevit.errors import CheckpointError, UserError
 from mmscalablevit.published import read_published
 from mmscalablevit.work_dirs import checkpoint_step, find_checkpoint, find_work_dirs, read_run
 
-LATER = '20260102_000000'
 
-
-@pytest.fixture
-def run(tmp_path):
-    return tmp_path / 'run'
-
-
-def detector(work_dir, records, **others):
-    session(work_dir, records, others.pop('config', detector_config()), name=DETECTOR, **others)
-
-
-def segmentor(work_dir, records, **others):
-    session(work_dir, records, others.pop('config', segmentor_config()), name=SEGMENTOR, **others)
-
-
-def test_resumed_run_overrides_what_it_repeats(run):
+def test_resumed_run_overrides_what_it_repeats(tmp_path):
     first = [step(50, 1), step(100, 1), boxes(1, 0.1, 0.1)]
     # The second epoch's checkpoint was lost: what was logged beyond the first epoch led nowhere.
     lost = [step(150, 2, 9), step(200, 2, 9), boxes(2, 0.9, 0.9), step(220, 3, 9)]
-    detector(run, first + lost)
+    session(tmp_path, first + lost)
     second = [step(140, 2), step(200, 2), boxes(2, 0.2, 0.2), step(300, 3), boxes(3, 0.3, 0.3)]
-    config = dict(detector_config(), resume=True, load_from='epoch_1.pth')
-    detector(run, second, config=config, stamp=LATER, gpus=4, resumed=(1, 100))
-    read = read_run(run)
+    config = dict(logs.detector_config(), resume=True, load_from='epoch_1.pth')
+    session(tmp_path, second, config, stamp=LATER, gpus=4, resumed=(1, 100))
+    read = read_run(tmp_path)
 
     assert sorted(read.train) == [50, 100, 140, 200, 300]
     values = [evaluation.metrics['box AP'] for evaluation in read.evaluations('box AP')]
@@ -59,11 +35,10 @@ def test_resumed_run_overrides_what_it_repeats(run):
     assert (read.state, read.batch_size) == ('finished', 8)
 
 
-def test_start_from_scratch_in_the_same_folder_replaces_the_older_one(run):
-    detector(run, [step(100, 1), boxes(1, 0.1, 0.1)])
-    detector(run, [step(50, 1, memory=9000)], stamp=LATER)
-    read = read_run(run)
-
+def test_start_from_scratch_in_the_same_folder_replaces_the_older_one(tmp_path):
+    session(tmp_path, [step(100, 1), boxes(1, 0.1, 0.1)])
+    session(tmp_path, [step(50, 1, memory=9000)], stamp=LATER)
+    read = read_run(tmp_path)
     assert (read.state, read.done, read.validations) == ('interrupted', 0.5, {})
     # A record keeps what was logged.
     (record,) = read.train.values()
@@ -71,16 +46,15 @@ def test_start_from_scratch_in_the_same_folder_replaces_the_older_one(run):
     assert (record['span'], record['images']) == (50, 16)
 
 
-def test_last_line_may_be_half_written(run):
-    detector(run, [step(100, 1), boxes(1, 0.1, 0.1), step(150, 2)])
-    log = run / STAMP / 'vis_data' / 'scalars.json'
+def test_last_line_may_be_half_written(tmp_path):
+    session(tmp_path, [step(100, 1), boxes(1, 0.1, 0.1), step(150, 2)])
+    log = tmp_path / STAMP / 'vis_data' / 'scalars.json'
     log.write_text(log.read_text()[:-20])
-
-    assert list(read_run(run).train) == [100]
-    assert read_run(run).state == 'running'  # The log was just written.
+    assert list(read_run(tmp_path).train) == [100]
+    assert read_run(tmp_path).state == 'running'  # The log was just written.
     log.write_text('{"loss": \n' + log.read_text())
     with pytest.raises(UserError, match=r'scalars\.json, line 1: not a JSON object'):
-        read_run(run)
+        read_run(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -92,20 +66,19 @@ def test_last_line_may_be_half_written(run):
         ([], 9999, 'nothing logged'),
     ],
 )
-def test_state(run, records, age, state):
-    detector(run, records, age=age)
-    read = read_run(run)
-
+def test_state(tmp_path, records, age, state):
+    session(tmp_path, records, age=age)
+    read = read_run(tmp_path)
     assert read.state == state
     # 1.5 epochs of 100 iterations, half a second each, are left.
     assert read.hours_left == (pytest.approx(75 / 3600) if records else None)
 
 
-def test_validations_logged_without_their_iteration(run):
+def test_validations_logged_without_their_iteration(tmp_path):
     """Hooks that count epochs log a step of 0 in trainings that count iterations."""
     records = [step(30), dict(mIoU=1.0, step=0), step(60), dict(mIoU=math.nan, step=0), step(90)]
-    segmentor(run, [*records, dict(mIoU=3.0, step=0)])
-    read = read_run(run)
+    session(tmp_path, [*records, dict(mIoU=3.0, step=0)], name=SEGMENTOR)
+    read = read_run(tmp_path)
 
     # Every 40 iterations, and at the last of the 100.
     assert sorted(read.validations) == [40, 80, 100]
@@ -113,22 +86,21 @@ def test_validations_logged_without_their_iteration(run):
     assert [evaluation.step for evaluation in read.evaluations('mIoU')] == [40, 100]
 
 
-def test_test_stands_in_for_a_validation_that_is_missing(run):
-    segmentor(run, [step(80), dict(mIoU=40.0, step=80), step(100)])
-    assert read_run(run).state == 'interrupted'
+def test_test_stands_in_for_a_validation_that_is_missing(tmp_path):
+    session(tmp_path, [step(80), dict(mIoU=40.0, step=80), step(100)], name=SEGMENTOR)
+    assert read_run(tmp_path).state == 'interrupted'
 
-    config = evaluated(segmentor_config(), 'iter_100.pth', tta=False)
-    segmentor(run, [], config=config, stamp=LATER, test=dict(mIoU=48.2))
-    read = read_run(run)
+    config = logs.evaluated(logs.segmentor_config(), 'iter_100.pth', tta=False)
+    session(tmp_path, [], config, SEGMENTOR, LATER, test=dict(mIoU=48.2))
+    read = read_run(tmp_path)
     assert (read.state, read.validations[100].metrics) == ('finished', {'mIoU': 48.2})
 
 
 def test_work_dirs_are_found_below_a_folder(tmp_path):
-    detector(tmp_path / 'demo' / 'detection', [])
-    segmentor(tmp_path / 'demo' / 'segmentation', [])
+    session(tmp_path / 'demo' / 'detection', [])
+    session(tmp_path / 'demo' / 'segmentation', [], name=SEGMENTOR)
     (tmp_path / 'empty').mkdir()
     found = find_work_dirs([tmp_path, tmp_path / 'demo' / 'detection'])
-
     assert [path.name for path in found] == ['detection', 'segmentation']
     with pytest.raises(UserError, match='empty holds no training'):
         find_work_dirs([tmp_path / 'empty'])
@@ -136,11 +108,11 @@ def test_work_dirs_are_found_below_a_folder(tmp_path):
         find_work_dirs([tmp_path / 'missing'])
 
 
-def test_folder_of_two_experiments_is_refused(run):
-    detector(run, [])
-    segmentor(run, [], stamp=LATER)
+def test_folder_of_two_experiments_is_refused(tmp_path):
+    session(tmp_path, [])
+    session(tmp_path, [], name=SEGMENTOR, stamp=LATER)
     with pytest.raises(UserError, match=f'runs of several configs \\({DETECTOR}, {SEGMENTOR}\\)'):
-        read_run(run)
+        read_run(tmp_path)
 
 
 def test_checkpoint_of_a_moved_work_dir(tmp_path):
