@@ -51,7 +51,9 @@ def write_map(path: Path, labels: np.ndarray, **options) -> None:
 def load_tool(path: str) -> ModuleType:
     """Import a script such as 'tools/train.py', as other code could if it were a module."""
     # Where Python looks for what a script imports, and worker processes for the script.
-    sys.path.append(str((ROOT / path).parent))
+    folder = str((ROOT / path).parent)
+    if folder not in sys.path:
+        sys.path.append(folder)
     spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[Path(path).stem] = module
