@@ -144,18 +144,17 @@ def folder(shapes, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def said(call, monkeypatch):
+def said(call):
     """Call a tool in this process and return the sentence that it ends with."""
-    # mmengine lists it where a module is missing, and tests of tools make it longer.
-    tools = [path for path in sys.path if Path(path).is_relative_to(ROOT / 'tools')]
-    monkeypatch.setattr(sys, 'path', [path for path in sys.path if path not in tools])
 
     def sentence(tool, *arguments):
         sentence, _ = call(f'tools/{tool}', *arguments, '--work-dir', 'work_dir')
         assert isinstance(sentence, str)
         assert sentence.startswith('error: ')
         assert '\n' not in sentence
-        assert len(sentence) < 900
+        # Where a module is missing, mmengine lists all places where Python looks for it.
+        listed = sum(map(len, sys.path)) if 'sys.path' in sentence else 0
+        assert len(sentence) < 900 + listed
         return sentence
 
     return sentence
