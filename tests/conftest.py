@@ -38,7 +38,10 @@ def call(tmp_path, monkeypatch, capsys):
 
     def call(tool, *arguments):
         monkeypatch.setattr(sys, 'argv', [str(ROOT / tool), *map(str, arguments)])
-        monkeypatch.syspath_prepend(str((ROOT / tool).parent))
+        # As where it is started: its own folder, and none of other tools that tests have loaded.
+        ours = str(ROOT / 'tools'), str(ROOT / 'demo')
+        others = [path for path in sys.path if not path.startswith(ours)]
+        monkeypatch.setattr(sys, 'path', [str((ROOT / tool).parent), *others])
         code = 0
         try:
             runpy.run_path(sys.argv[0], run_name='__main__')

@@ -152,9 +152,7 @@ def said(call):
         assert isinstance(sentence, str)
         assert sentence.startswith('error: ')
         assert '\n' not in sentence
-        # Where a module is missing, mmengine lists all places where Python looks for it.
-        listed = sum(map(len, sys.path)) if 'sys.path' in sentence else 0
-        assert len(sentence) < 900 + listed
+        assert len(sentence) < 900
         return sentence
 
     return sentence

@@ -82,13 +82,14 @@ def check_data(cfg: Config, loaders: Iterable[str]) -> None:
         findings = Findings()
         with config_errors(cfg):
             check_data_set(cfg, loader, leaf, findings)
-        faults, errors = [line.split(': ', 1)[1] for line in findings.lines()], len(findings.errors)
-        for fault in faults[errors:]:
+        lines = [line.split(': ', 1) for line in findings.lines()]
+        for fault in (fault for kind, fault in lines if kind == 'warning'):
             print_log(f'{loader}: {fault}', 'current', logging.WARNING)
+        errors = [fault for kind, fault in lines if kind == 'error']
         if errors:
-            more = f' (and {errors - 1} more faults)' if errors > 1 else ''
+            more = f' (and {len(errors) - 1} more faults)' if errors[1:] else ''
             raise UserError(
-                f'{loader}: {faults[0]}{more}; tools/check_data.py lists all faults of the data'
+                f'{loader}: {errors[0]}{more}; tools/check_data.py lists all faults of the data'
             )
 
 
