@@ -150,7 +150,9 @@ def test_initialization_from_scratch():
     torch.manual_seed(0)
     model.init_weights()
     for name, parameter in model.named_parameters():
-        if name.endswith('bias'):
+        if name == 'patch_embeds.0.proj.bias':
+            assert 0.05 < parameter.abs().max() <= 1 / math.sqrt(3 * 49), name
+        elif name.endswith('bias'):
             assert not parameter.any(), name
         elif parameter.ndim == 1:
             assert (parameter == 1).all(), name
@@ -161,6 +163,21 @@ def test_initialization_from_scratch():
     assert std['patch_embeds.0.proj.weight'] == pytest.approx(math.sqrt(2 / (49 * 64)), rel=0.05)
     # Depthwise: every output channel has a fan out of the kernel's area alone.
     assert std['stages.0.1.attn.reduction.0.weight'] == pytest.approx(math.sqrt(2 / 64), rel=0.05)
+
+
+def test_padding_does_not_blow_up_the_gradients_of_a_model_from_scratch():
+    torch.manual_seed(0)
+    model, images = tiny(), torch.randn(1, 3, 64, 64)
+
+    def norm(images):
+        model.zero_grad()
+        loss = sum((m * reference_input(k, m.shape)).mean() for k, m in enumerate(model(images)))
+        loss.backward()
+        return math.sqrt(sum(p.grad.square().sum().item() for p in model.parameters()))
+
+    padded = images.clone()
+    padded[..., 32:] = 0
+    assert norm(padded) < 3 * norm(images)
 
 
 def test_initialization_by_other_init_cfg():

@@ -263,7 +263,8 @@ class ScalableViT(BaseModule):
         """Initialize from scratch as released, or from ``init_cfg``.
 
         From scratch: truncated normal of standard deviation 0.02 for linear layers, normal by fan
-        out for convolutions, ones and zeros for norms, zero biases.
+        out for convolutions, ones and zeros for norms, zero biases. One differs from the released
+        code: the first bias is drawn, see ``_init_from_scratch``.
         """
         if self.is_init:
             print_log('init_weights of ScalableViT has been called before', logger='current')
@@ -286,6 +287,11 @@ class ScalableViT(BaseModule):
                 fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
                 nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
                 nn.init.zeros_(module.bias)
+        # The padding of a batch is zero, and a norm multiplies the gradients of zeros by 1000, the
+        # next one again: they had a norm of 5e8 in a batch of varied sizes.
+        stem = self.patch_embeds[0].proj
+        bound = 1 / math.sqrt(stem.weight[0].numel())
+        nn.init.uniform_(stem.bias, -bound, bound)
 
 
 @torch.fx.wrap
