@@ -164,8 +164,10 @@ def test_two_processes_train_as_one(config, folder, environment):
     one, two = folder / f'{config} by one', folder / f'{config} by two'
     run_tool([TOOLS / 'train.py', config, '--work-dir', one], folder)
     half = ['--cfg-options', 'train_dataloader.batch_size=2']
-    by_two('dist_train.sh', folder, environment, config, 2, '--work-dir', two, *half)
+    output = by_two('dist_train.sh', folder, environment, config, 2, '--work-dir', two, *half)
     assert len(list(two.glob('rank*.jsonl'))) == 2
+    # Else they abort a process now and then, after all is done.
+    assert output.count('gloo has 0 threads at the end') == 2
 
     losses = []
     steps = list(zip(losses_by_iteration(one), losses_by_iteration(two), strict=True))

@@ -210,6 +210,7 @@ def test_the_train_py_of_a_toolbox_starts_from_them(drive, tmp_path):
     path = tmp_path / 'my.py'
     path.write_text(
         f"_base_ = '{ROOT}/tests/data/tiny_upernet.py'\n"
+        "custom_imports = dict(imports=['mmscalablevit', 'rank_hooks'])\n"
         "init_cfg = dict(_delete_=True, type='Pretrained', checkpoint='scalablevit://small')\n"
         'model = dict(backbone=dict(init_cfg=init_cfg))\n'
     )
@@ -220,7 +221,8 @@ def test_the_train_py_of_a_toolbox_starts_from_them(drive, tmp_path):
     drive.files[RELEASED['small'].weights] = buffer.getvalue()
     launch = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
     command = [sys.executable, *launch, train, path, '--work-dir', tmp_path / 'out']
-    run([*command, '--launcher=pytorch'], tmp_path, job_environment(tmp_path))
+    output = run([*command, '--launcher=pytorch'], tmp_path, job_environment(tmp_path))
+    assert output.count('gloo has 0 threads at the end') == 2
     assert len(drive.requests) == 1
     loaded = 'Loaded scalablevit://small into ScalableViT; left out: norm, head; norm_list is'
     (log,) = (tmp_path / 'out').glob('*/*.log')

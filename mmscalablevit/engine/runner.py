@@ -5,6 +5,8 @@ import atexit
 import contextlib
 import copy
 import ctypes
+import gc
+import importlib
 import inspect
 import os
 import os.path as osp
@@ -81,7 +83,6 @@ class SafeRunner(Runner):
     """
 
     _part = 'train'
-    _failed = False
 
     @classmethod
     def from_cfg(cls, cfg: Config) -> 'SafeRunner':
@@ -104,12 +105,17 @@ class SafeRunner(Runner):
     def setup_env(self, env_cfg: dict) -> None:
         """Set up the environment, and connect the processes of a distributed job."""
         connects = self.distributed and not is_distributed()
+        if connects:
+            # Its functions keep the group that is there when they are imported.
+            importlib.import_module('torch.distributed.nn.functional')
         if connects and get_device() == 'cpu':
             connect_cpus(self.launcher)
         super().setup_env(env_cfg)
+        self._ending = _Ending()
         if connects:
             watch_hosts()
-            atexit.register(self._disconnect)
+            # Not a method of the runner, which would keep the model and its group to the end.
+            atexit.register(self._ending.disconnect)
 
     def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
         """Wrap the model for distributed training, see mmengine's ``Runner``."""
@@ -237,24 +243,22 @@ class SafeRunner(Runner):
             CheckpointError: If the checkpoint does not fit.
         """
         lock = lock_work_dir(self.work_dir) if is_main_process() else contextlib.nullcontext()
-        with lock, self._run('train', 'train_loop', 'val_loop'):
+        with lock, self._ending, self._run('train', 'train_loop', 'val_loop'):
             return super().train()
 
     def val(self) -> dict:
         """Validate, see ``train``."""
-        with self._run('val', 'val_loop'):
+        with self._ending, self._run('val', 'val_loop'):
             return super().val()
 
     def test(self) -> dict:
         """Test, see ``train``."""
-        with self._run('test', 'test_loop'):
+        with self._ending, self._run('test', 'test_loop'):
             return super().test()
 
     @contextlib.contextmanager
     def _run(self, part: str, *loops: str) -> Iterator[None]:
         self._part = part
-        # Until it is known how this ends.
-        self._failed = True
         try:
             self._check(loops)
             with interruptible():
@@ -273,18 +277,6 @@ class SafeRunner(Runner):
             explain(error, f'config {self.cfg.filename} fails in {part}, iteration {done + 1}')
             raise
         barrier()
-        self._failed = False
-
-    def _disconnect(self) -> None:
-        """Close what connects the processes; where others may be gone, leave it to the system."""
-        if not is_distributed():
-            return
-        if self._failed:
-            # Else threads of gloo abort the process, in place of the exit code of its error.
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(1)
-        torch.distributed.destroy_process_group()
 
     def _check(self, loops: Iterable[str]) -> None:
         """Find faults of config and data before the first iteration."""
@@ -359,11 +351,42 @@ def _refuse(cfg: Config, faults: Iterable[str]) -> None:
         raise UserError(f'config {cfg.filename}: {fault}')
 
 
+class _Ending:
+    """How this process ends in a distributed job."""
+
+    _failed = False
+
+    def __enter__(self) -> None:
+        # Until it is known how what is begun here ends.
+        self._failed = True
+
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+        self._failed = kind is not None
+
+    def disconnect(self) -> None:
+        """Close what connects the processes; where others may be gone, leave it to the system."""
+        if not is_distributed():
+            return
+        if self._failed:
+            # Else threads of gloo abort the process, in place of the exit code of its error.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(1)
+        _close_group()
+
+
 def disconnect() -> None:
     """Wait for the other processes of a distributed job, and close what connects them."""
     if is_distributed():
         barrier()
-        torch.distributed.destroy_process_group()
+        _close_group()
+
+
+def _close_group() -> None:
+    # Threads of gloo need Python to release tensors, and abort a process in which it has ended.
+    # They end with the group, which lives as long as a model that was wrapped with it.
+    gc.collect()
+    torch.distributed.destroy_process_group()
 
 
 def _start_worker(worker_id: int, seed: int | None, **kwargs) -> None:
