@@ -22,6 +22,7 @@ from test_dataset_converters import (
 )
 
 from mmscalablevit import cli
+from mmscalablevit.checkpoint.reading import read_checkpoint
 from mmscalablevit.errors import CheckpointError
 
 PAGE = ROOT / 'docs' / 'custom_dataset.md'
@@ -208,8 +209,7 @@ def test_fine_tuning_starts_from_the_detector(page):
 
     assert f'Layers of another number of classes are re-initialized: {", ".join(anew)}\n' in said
     given = torch.load(page[0] / 'mask-rcnn_coco.pth')['state_dict']
-    tuned = torch.load(page[0] / 'work_dirs/fine-tuned/epoch_1.pth', weights_only=False)
-    tuned = tuned['state_dict']
+    tuned = read_checkpoint(str(page[0] / 'work_dirs/fine-tuned/epoch_1.pth'))['state_dict']
     assert given.keys() == tuned.keys()
     # The first steps of the warm-up are tiny.
     for key, value in tuned.items():

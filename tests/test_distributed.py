@@ -24,6 +24,7 @@ from mmengine.config import Config
 from test_config_models import build
 from test_tools import SEGMENTOR, TOOLS
 
+from mmscalablevit.checkpoint.reading import read_checkpoint
 from mmscalablevit.errors import UserError
 
 NUM_TRAIN, NUM_VAL = 16, 5
@@ -132,7 +133,7 @@ def losses_by_iteration(work_dir):
 def weight_difference(one, two):
     """Greatest relative difference of a parameter in the last checkpoints of two trainings."""
     states = [
-        torch.load((work_dir / 'last_checkpoint').read_text(), weights_only=False)['state_dict']
+        read_checkpoint((work_dir / 'last_checkpoint').read_text())['state_dict']
         for work_dir in (one, two)
     ]
     return max(
