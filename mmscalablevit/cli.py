@@ -22,7 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 from .compat import torchvision_fault
-from .engine.runner import KNOWN_KEYS, disconnect
+from .engine.hosts import disconnect
+from .engine.runner import KNOWN_KEYS
 from .errors import (
     DISK_ERRORS,
     CheckpointError,

@@ -1,16 +1,18 @@
 # Copyright (c) mmscalablevit contributors. All rights reserved.
-"""Processes on several hosts: connecting them without an accelerator, noticing a lost host."""
+"""Processes of one job: connecting them, noticing a lost host, closing what connects them."""
 
 import contextlib
+import gc
 import logging
 import os
 import socket
 import struct
 import subprocess
+import sys
 import threading
 
 import torch
-from mmengine.dist import broadcast_object_list, get_rank
+from mmengine.dist import barrier, broadcast_object_list, get_rank, is_distributed
 from mmengine.logging import print_log
 
 _GET_ADDRESS = 0x8915  # Linux's SIOCGIFADDR.
@@ -85,3 +87,41 @@ def _watch(link: socket.socket) -> None:
         print_log(message, 'current', logging.ERROR)
         # Its main thread may wait in a call that nothing interrupts.
         os._exit(1)
+
+
+class Ending:
+    """How this process ends in a distributed job."""
+
+    _failed = False
+
+    def __enter__(self) -> None:
+        # Until it is known how what is begun here ends.
+        self._failed = True
+
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+        self._failed = kind is not None
+
+    def disconnect(self) -> None:
+        """Close what connects the processes; where others may be gone, leave it to the system."""
+        if not is_distributed():
+            return
+        if self._failed:
+            # Else threads of gloo abort the process, in place of the exit code of its error.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(1)
+        _close_group()
+
+
+def disconnect() -> None:
+    """Wait for the other processes of a distributed job, and close what connects them."""
+    if is_distributed():
+        barrier()
+        _close_group()
+
+
+def _close_group() -> None:
+    # Threads of gloo need Python to release tensors, and abort a process in which it has ended.
+    # They end with the group, which lives as long as a model that was wrapped with it.
+    gc.collect()
+    torch.distributed.destroy_process_group()

@@ -5,7 +5,6 @@ import atexit
 import contextlib
 import copy
 import ctypes
-import gc
 import importlib
 import inspect
 import os
@@ -14,7 +13,6 @@ import signal
 import sys
 from collections.abc import Iterable, Iterator
 
-import torch
 from filelock import FileLock, Timeout
 from mmengine.config import Config
 from mmengine.dataset import worker_init_fn
@@ -43,7 +41,7 @@ from ..errors import (
     one_line,
 )
 from ..work_dirs import find_checkpoint, use_checkpoint_seed
-from .hosts import connect_cpus, watch_hosts
+from .hosts import Ending, connect_cpus, watch_hosts
 
 # Top-level keys of a config that are read, besides the arguments of Runner.
 _OTHER_KEYS = """activation_checkpointing compile custom_imports efficient_conv_bn_eval
@@ -111,7 +109,7 @@ class SafeRunner(Runner):
         if connects and get_device() == 'cpu':
             connect_cpus(self.launcher)
         super().setup_env(env_cfg)
-        self._ending = _Ending()
+        self._ending = Ending()
         if connects:
             watch_hosts()
             # Not a method of the runner, which would keep the model and its group to the end.
@@ -349,44 +347,6 @@ def lock_work_dir(work_dir: str | os.PathLike, name: str = 'training') -> Iterat
 def _refuse(cfg: Config, faults: Iterable[str]) -> None:
     for fault in faults:
         raise UserError(f'config {cfg.filename}: {fault}')
-
-
-class _Ending:
-    """How this process ends in a distributed job."""
-
-    _failed = False
-
-    def __enter__(self) -> None:
-        # Until it is known how what is begun here ends.
-        self._failed = True
-
-    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
-        self._failed = kind is not None
-
-    def disconnect(self) -> None:
-        """Close what connects the processes; where others may be gone, leave it to the system."""
-        if not is_distributed():
-            return
-        if self._failed:
-            # Else threads of gloo abort the process, in place of the exit code of its error.
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(1)
-        _close_group()
-
-
-def disconnect() -> None:
-    """Wait for the other processes of a distributed job, and close what connects them."""
-    if is_distributed():
-        barrier()
-        _close_group()
-
-
-def _close_group() -> None:
-    # Threads of gloo need Python to release tensors, and abort a process in which it has ended.
-    # They end with the group, which lives as long as a model that was wrapped with it.
-    gc.collect()
-    torch.distributed.destroy_process_group()
 
 
 def _start_worker(worker_id: int, seed: int | None, **kwargs) -> None:
