@@ -26,7 +26,11 @@ model = dict(
         rpn_proposal=dict(nms_pre=500, max_per_img=200),
         rcnn=dict(sampler=dict(num=48, pos_fraction=0.5)),
     ),
-    test_cfg=dict(rpn=dict(max_per_img=600), rcnn=dict(max_per_img=400)),
+    # Boxes of nuclei that touch overlap.
+    test_cfg=dict(
+        rpn=dict(max_per_img=600),
+        rcnn=dict(max_per_img=400, nms=dict(type='soft_nms', method='gaussian')),
+    ),
 )
 
 max_iters = 1800

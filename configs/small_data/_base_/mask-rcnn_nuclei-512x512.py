@@ -10,7 +10,8 @@ model = dict(
     neck=dict(norm_cfg=dict(type='BN')),
     rpn_head=dict(anchor_generator=dict(scales=[4])),
     roi_head=dict(bbox_head=dict(num_classes=1), mask_head=dict(num_classes=1)),
-    test_cfg=dict(rcnn=dict(max_per_img=400)),
+    # Boxes of nuclei that touch overlap.
+    test_cfg=dict(rcnn=dict(max_per_img=400, nms=dict(type='soft_nms', method='gaussian'))),
 )
 train_pipeline = [
     *_base_.train_pipeline[:3],
