@@ -1,21 +1,23 @@
 # Copyright (c) mmscalablevit contributors. All rights reserved.
-"""Draw pictures of the pages: published results over FLOPs, and predictions.
+"""Draw pictures of the pages: published results over FLOPs, predictions, and several compared.
 
-Predictions are those that ``demo/image_demo.py`` wrote to a folder for one image each::
+Predictions are those that ``demo/image_demo.py`` wrote to a folder; SOURCE is its predictions.json,
+a COCO file of annotations, or a label map::
 
     python docs/pictures.py published
     python docs/pictures.py predictions --detected IMAGE FOLDER --segmented IMAGE FOLDER --out FILE
+    python docs/pictures.py compared IMAGE CONFIG --panel TITLE SOURCE [--panel ...] --out FILE
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import cv2
 import matplotlib
 import numpy as np
 import yaml
-from pycocotools import mask as coco_mask
+from mmengine.config import Config
+from pycocotools.coco import COCO
 
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt
@@ -57,11 +59,20 @@ def main() -> None:
             metavar=('IMAGE', 'FOLDER'),
         )
     drawn.add_argument('--out', type=Path, required=True, help='file of the picture')
+    compared = pictures.add_parser('compared', help='one image, from several sources')
+    compared.add_argument('image', type=Path)
+    compared.add_argument('config', help='a config with the metainfo of the data set')
+    compared.add_argument(
+        '--panel', nargs=2, action='append', required=True, metavar=('TITLE', 'SOURCE')
+    )
+    compared.add_argument('--out', type=Path, required=True, help='file of the picture')
     args = parser.parse_args()
     if args.picture == 'published':
         draw_published(IMAGES / 'published.png')
-    else:
+    elif args.picture == 'predictions':
         draw_predictions(args)
+    else:
+        draw_compared(args)
 
 
 def draw_published(out: Path) -> None:
@@ -89,15 +100,9 @@ def draw_predictions(args: argparse.Namespace) -> None:
     """Draw a strip: images with their detections, then label maps."""
     tiles = []
     for path, folder in args.detected:
-        predictions = json.loads((folder / 'predictions.json').read_text())
-        (number,) = [x['id'] for x in predictions['images'] if x['file_name'].endswith(path.name)]
-        image = cv2.imread(str(path))[..., ::-1]
-        objects = [
-            found
-            for found in predictions['annotations']
-            if found['image_id'] == number and found['score'] > SCORE
-        ]
-        tiles += [enlarge(image), draw_objects(image, objects)]
+        image = read(path)
+        objects = find_objects(path, folder / 'predictions.json')
+        tiles += [enlarge(image), draw_objects(image, objects, COLORS)]
     for path, folder in args.segmented:
         labels = folder / 'label_maps' / f'{path.stem}.png'
         labels = cv2.imread(str(labels), cv2.IMREAD_UNCHANGED)
@@ -108,17 +113,55 @@ def draw_predictions(args: argparse.Namespace) -> None:
     cv2.imwrite(str(args.out), strip[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 88])
 
 
-def draw_objects(image: np.ndarray, objects: list[dict]) -> np.ndarray:
-    """Draw boxes and masks on an enlarged image (H, W, 3), a color for each class."""
+def draw_compared(args: argparse.Namespace) -> None:
+    """Draw what several sources found in one image, or hold for true, side by side."""
+    palette, image = Config.fromfile(args.config).metainfo.palette, read(args.image)
+    figure, axes = plt.subplots(
+        1, len(args.panel), figsize=(3.6 * len(args.panel), 3), dpi=100, squeeze=False
+    )
+    for axis, (title, source) in zip(axes[0], args.panel, strict=True):
+        if source.endswith('.json'):
+            objects = find_objects(args.image, Path(source))
+            found, title = draw_objects(image, objects, palette), f'{title}: {len(objects)}'
+        else:
+            labels = cv2.imread(source, cv2.IMREAD_UNCHANGED)
+            known = (labels < len(palette))[..., None]
+            colors = np.array(palette)[np.minimum(labels, len(palette) - 1)]
+            found = (0.4 * image + 0.6 * known * colors).astype(np.uint8)
+        axis.imshow(found)
+        axis.set_title(title, fontsize=10)
+        axis.axis('off')
+    figure.subplots_adjust(0.003, 0.003, 0.997, 0.93, 0.02, 0)
+    figure.savefig(args.out)
+
+
+def read(path: Path) -> np.ndarray:
+    """Read an image (H, W, 3) in RGB."""
+    return cv2.imread(str(path))[..., ::-1]
+
+
+def find_objects(image: Path, file: Path) -> list[dict]:
+    """Find the objects of an image in a COCO file: true ones, or detected with a score of 0.5."""
+    coco = COCO(file)
+    (number,) = (key for key, x in coco.imgs.items() if Path(x['file_name']).name == image.name)
+    objects = [x for x in coco.imgToAnns[number] if x.get('score', 1) >= SCORE]
+    return [dict(x, mask=coco.annToMask(x)) if x.get('segmentation') else x for x in objects]
+
+
+def draw_objects(image: np.ndarray, objects: list[dict], palette: list) -> np.ndarray:
+    """Draw boxes and masks on an enlarged image (H, W, 3); without classes masks are told apart."""
     factor = SIDE / image.shape[0]
-    image = enlarge(image)
+    image, random = enlarge(image), np.random.default_rng(1)
     for found in objects:
-        color = COLORS[found['category_id'] - 1]
-        if 'segmentation' in found:
-            mask = enlarge(coco_mask.decode(found['segmentation'])) > 0
+        color = palette[found['category_id'] - 1]
+        if 'mask' in found:
+            if len(palette) == 1:
+                color = random.integers(60, 256, 3).tolist()
+            mask = enlarge(found['mask']) > 0
             image[mask] = (0.35 * image[mask] + 0.65 * np.array(color)).astype(np.uint8)
-        x, y, width, height = (round(value * factor) for value in found['bbox'])
-        cv2.rectangle(image, (x, y), (x + width, y + height), color, 2)
+        if 'mask' not in found or len(palette) > 1:
+            x, y, width, height = (round(value * factor) for value in found['bbox'])
+            cv2.rectangle(image, (x, y), (x + width, y + height), color, 2)
     return image
 
 
