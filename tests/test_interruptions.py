@@ -85,7 +85,7 @@ def kill(job, work_dir, iteration, delay):
 
 def assert_same_training(one, other):
     """Weights, averaged weights and state of the optimizer are equal bit by bit."""
-    first, second = (torch.load(file, weights_only=False) for file in (one, other))
+    first, second = (read_checkpoint(str(file)) for file in (one, other))
     assert first['meta']['iter'] == second['meta']['iter'] == MAX_ITERS
     for key in ('state_dict', 'ema_state_dict'):
         torch.testing.assert_close(first[key], second[key], rtol=0, atol=0)
@@ -110,7 +110,7 @@ def test_killed_training_ends_with_the_same_weights(name, toolbox, kills, folder
     last = Path((work_dir / 'last_checkpoint').read_text())
 
     whole = folder / f'{name}_whole_{kills}'
-    of_killed = torch.load(last, weights_only=False)['meta']['seed']
+    of_killed = read_checkpoint(str(last))['meta']['seed']
     train(name, whole, '--cfg-options', f'randomness.seed={of_killed}')
     assert_same_training(last, whole / last.name)
     resumed = output.count('resumed epoch')

@@ -10,6 +10,7 @@ from jobs import ROOT, draw_shapes, job_environment, long, run_tool, scalars
 from plain import plain_forward, softmax_attention
 
 from mmscalablevit import ScalableViT
+from mmscalablevit.checkpoint.reading import read_checkpoint
 from mmscalablevit.models.attention import fused_attention
 
 # About ten roundings.
@@ -125,7 +126,7 @@ def test_deterministic_trainings_are_bit_equal(config, amp, tmp_path):
         run_tool(command, tmp_path, job_environment(tmp_path, threads=2))
         losses = [step['loss'] for step in scalars(tmp_path / folder)[0]]
         (file,) = (tmp_path / folder).glob('[ei]*_*.pth')
-        runs.append((losses, torch.load(file, weights_only=False)))
+        runs.append((losses, read_checkpoint(str(file))))
     (losses, checkpoint), (losses_again, checkpoint_again) = runs
     assert len(losses) == 4
     assert math.isfinite(sum(losses))
