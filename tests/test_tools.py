@@ -16,6 +16,7 @@ from jobs import ROOT, packaged, run, run_tool, scalars
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
+from mmscalablevit.checkpoint.reading import read_checkpoint
 from mmscalablevit.errors import CheckpointError
 
 TOOLS = ROOT / 'tools'
@@ -63,8 +64,8 @@ def test_resume_continues(folder, detector):
     command = [TOOLS / 'train.py', DETECTOR, '--work-dir', 'resumed', '--resume']
     run_tool([*command, '--cfg-options', 'train_cfg.max_epochs=2'], folder)
 
-    first = torch.load(folder / 'resumed' / 'epoch_1.pth', weights_only=False)
-    second = torch.load(folder / 'resumed' / 'epoch_2.pth', weights_only=False)
+    first = read_checkpoint(str(folder / 'resumed' / 'epoch_1.pth'))
+    second = read_checkpoint(str(folder / 'resumed' / 'epoch_2.pth'))
     assert (first['meta']['epoch'], first['meta']['iter']) == (1, 4)
     assert (second['meta']['epoch'], second['meta']['iter']) == (2, 8)
     assert {float(state['step']) for state in second['optimizer']['state'].values()} == {8}
@@ -96,7 +97,7 @@ def test_test_detector(folder, detector):
 def test_train_segmentor_with_amp(folder, segmentor):
     assert 0 <= trained(folder / 'segmentor')[1]['mIoU'] <= 100
     assert 'bfloat16 on CPU' in segmentor
-    state = torch.load(folder / 'segmentor' / 'iter_4.pth', weights_only=False)['state_dict']
+    state = read_checkpoint(str(folder / 'segmentor' / 'iter_4.pth'))['state_dict']
     assert {value.dtype for value in state.values()} == {torch.float32, torch.int64}
 
 
@@ -186,7 +187,7 @@ def test_checkpoint_of_another_model(shapes, folder, detector, segmentor):
         assert 'unexpected key' in said
         assert 'missing key' in said
 
-    weights = torch.load(folder / 'detector' / 'epoch_1.pth', weights_only=False)['state_dict']
+    weights = read_checkpoint(str(folder / 'detector' / 'epoch_1.pth'))['state_dict']
     weights['roi_head.bbox_head.fc_cls.bias'] = torch.zeros(9)
     torch.save(dict(state_dict=weights), folder / 'other_classes.pth')
     said, _ = shapes('tools/test.py', DETECTOR, 'other_classes.pth')
