@@ -20,6 +20,7 @@ def test_measures_and_writes(call, tmp_path):
     assert all(len(r['seconds']) == 2 and min(r['seconds']) > 0 for r in results)
     # Of a process of its own, with torch in it.
     assert 100 < results[0]['memory'] < 4000
+    assert results[0]['new_size'] > 0
     assert 'inference float32 2x96x64' in (tmp_path / 'out' / 'benchmark.md').read_text()
 
 

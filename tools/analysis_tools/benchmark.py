@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -57,7 +58,8 @@ class Result:
     """What one model took in one case: seconds of each round, 1e9 operations, peak memory in MB.
 
     A multiply-add is two operations. Memory is resident on CPU, in a process of its own, and what
-    PyTorch allocated on CUDA. ``backbone`` is its share in the time of a whole model.
+    PyTorch allocated on CUDA. ``backbone`` is its share in the time of a whole model. ``new_size``
+    is the seconds of a first pass at another image size, for which kernels may be planned anew.
     """
 
     model: str
@@ -66,6 +68,7 @@ class Result:
     gflops: float | None = None
     memory: float | None = None
     backbone: float | None = None
+    new_size: float | None = None
 
     @property
     def median(self) -> float:
@@ -119,7 +122,7 @@ def prepare(name: str, case: Case, device: str) -> Callable[[], None]:
     backends = [getattr(SDPBackend, f'{kind.upper()}_ATTENTION') for kind in found]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6) if case.mode == 'train' else None
 
-    def once() -> None:
+    def once(images: Tensor = images) -> None:
         with (
             torch.set_grad_enabled(optimizer is not None),
             torch.autocast(device, DTYPES[case.dtype], enabled=low_precision),
@@ -143,11 +146,17 @@ def measure(case: Case, args: argparse.Namespace) -> list[Result]:
     # Once for all: a reset would throw away what models before were compiled to.
     torch._dynamo.reset()
     runs = {}
-    for name in args.models:
+    for number, name in enumerate(args.models, start=1):
         try:
             runs[name] = prepare(name, case, args.device)
             for _ in range(CALLS[args.device]):
                 runs[name]()
+            # Of its own for each, as a process keeps its plans. A compiler would compile again.
+            if ':compiled' not in name:
+                height = case.height + 32 * number
+                images = torch.rand(case.batch, 3, height, case.width).to(args.device)
+                first = partial(runs[name], images)
+                results[name].new_size = seconds(first, args.device, calls=1)
         except torch.cuda.OutOfMemoryError:
             print(f'{case}: {name} needs more memory than the GPU has')
             del runs[name], results[name]
@@ -168,14 +177,15 @@ def measure(case: Case, args: argparse.Namespace) -> list[Result]:
     return list(results.values())
 
 
-def seconds(run: Callable[[], None], device: str) -> float:
+def seconds(run: Callable[[], None], device: str, calls: int | None = None) -> float:
     """Seconds of one call, on a GPU the mean of some."""
+    calls = calls or CALLS[device]
     synchronize(device)
     start = time.perf_counter()
-    for _ in range(CALLS[device]):
+    for _ in range(calls):
         run()
     synchronize(device)
-    return (time.perf_counter() - start) / CALLS[device]
+    return (time.perf_counter() - start) / calls
 
 
 def synchronize(device: str) -> None:
@@ -271,12 +281,13 @@ def rows(results: list[Result]) -> Iterator[list[str]]:
             f'{result.memory / reference.memory:.2f}' if result.memory else '',
             f'{gflops:.0f}' if gflops else '',
             f'{gflops / rate:.0%}' if gflops else '',
+            f'{result.new_size:.3f}' if result.new_size else '',
             f'{result.backbone:.0%}' if result.backbone else '',
         ]
 
 
 HEADER = ['Model', 'Seconds', 'Images/s', 'Time ratio', 'Peak MB', 'Ratio', 'GFLOP/s', 'Of matmul']
-HEADER += ['Backbone']
+HEADER += ['New size', 'Backbone']
 
 
 def markdown(cases: list[list[Result]]) -> str:
