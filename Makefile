@@ -61,7 +61,7 @@ repeat: $(STAMP)
 	OMP_NUM_THREADS=1 $(PYTHON) tests/repeat.py $(TIMES) $(TESTS)
 
 # The trained models of docs/results.md as release files, in half precision, named by their hash.
-RESULTS_RUNS ?= $(wildcard $(addprefix work_dirs/*_, bccd-320x240 nuclei-256x256 camvid-320x240))
+RESULTS_RUNS ?= $(wildcard $(addprefix work_dirs/*_, bccd-400x300 nuclei-256x256 camvid-320x240))
 results-weights: $(STAMP)
 	@for run in $(RESULTS_RUNS); do $(PYTHON) tools/model_converters/publish_model.py --half \
 		$$run/$$(basename $$(cat $$run/last_checkpoint)) work_dirs/results-weights/$$(basename $$run); done

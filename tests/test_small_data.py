@@ -22,10 +22,9 @@ from mmscalablevit.errors import UserError
 CONFIGS = sorted((ROOT / 'configs' / 'small_data').glob('*.py'))
 TASKS = ('bccd', 'nuclei', 'camvid')
 # A backbone in each harness, and each small backbone in one.
-TRAINED = [p for p in CONFIGS if 'scalablevit-demo' in p.stem or '_bccd-320x240' in p.stem]
+TRAINED = [p for p in CONFIGS if 'scalablevit-demo' in p.stem or '_bccd-400x300' in p.stem]
 # Steps that are quick, and as many workers as are needed to see that the config's own do.
 SHORT = {
-    'train_cfg.max_iters': 1,
     'train_cfg.val_interval': 1,
     'train_dataloader.batch_size': 2,
     'default_hooks.logger.interval': 1,
@@ -74,6 +73,11 @@ def test_trains_and_validates(path, data, tmp_path, monkeypatch):
     cfg.work_dir = str(tmp_path)
     cfg.launcher = 'none'
     cfg.merge_from_dict(SHORT)
+    if 'max_epochs' in cfg.train_cfg:
+        # With the other pipeline in the second, each of the two images of the training part.
+        cfg.merge_from_dict({'train_cfg.max_epochs': 2, 'custom_hooks.1.switch_epoch': 1})
+    else:
+        cfg.train_cfg.max_iters = 1
     # Scores of detectors that hardly trained are low, and a few of their many boxes are enough.
     test_cfg = cfg.model.test_cfg
     test_cfg.get('rpn', test_cfg).update(nms_pre=50, max_per_img=50)
@@ -146,12 +150,17 @@ def page(monkeypatch, tmp_path):
 
 
 def write_run(work_dir, config, seed, losses, last):
-    """A work directory as a training of as many iterations as losses leaves it."""
+    """A work directory as a training of as many iterations, each an epoch, as losses leaves it."""
     cfg = load(ROOT / 'configs' / 'small_data' / f'{config}.py')
     cfg.randomness.seed = seed
-    cfg.train_cfg.update(max_iters=len(losses), val_interval=len(losses))
-    records = [dict(step(i, seconds=2.0), loss=loss) for i, loss in enumerate(losses, start=1)]
-    session(work_dir, [*records, dict(last, step=0)], cfg.to_dict(), config)
+    epochs = 'max_epochs' in cfg.train_cfg
+    cfg.train_cfg['max_epochs' if epochs else 'max_iters'] = len(losses)
+    records = [
+        dict(step(i, i if epochs else None, seconds=2.0), loss=loss)
+        for i, loss in enumerate(losses, start=1)
+    ]
+    last = dict(last, step=len(losses) if epochs else 0)
+    session(work_dir, [*records, last], cfg.to_dict(), config)
     return work_dir
 
 
@@ -162,6 +171,9 @@ def test_page_from_work_directories(page, tmp_path, monkeypatch):
         for s in (0, 1)
     ]
     (runs[0] / 'peak_memory_kb').write_text('1500000\n')
+    found = {'coco/bbox_mAP': 0.6, 'coco/bbox_mAP_50': 0.9}
+    epochs = 'retinanet_swin-demo_fpn_bccd-400x300'
+    runs.append(write_run(tmp_path / epochs, epochs, 0, [2.0, 1.0], found))
     monkeypatch.setattr(sys, 'argv', ['results_page.py', *map(str, runs)])
     page.main()
 
@@ -175,9 +187,10 @@ def test_page_from_work_directories(page, tmp_path, monkeypatch):
     (row,) = re.findall(r'\| \[ScalableViT, small\].*camvid.*', text)
     cells = [cell.strip() for cell in row.split('|')[1:-1]]
     assert cells[1:3] == ['40.0, 41.0', '80.0, 80.0']
-    assert cells[3] == '3, 3'
+    assert cells[3] == '3 iterations'
     assert cells[7:9] == ['0', '1.5']
-    assert len(re.findall('not run', text)) == 2 * (4 + 4 + 3)
+    assert re.search(r'\[Swin, small\].*bccd.*\| 60.0 +\| 90.0 +\| 2 epochs', text)
+    assert len(re.findall('not run', text)) == 2 * (3 + 4 + 3)
     assert page.CURVES.stat().st_size > 0
 
 
@@ -186,7 +199,7 @@ def test_comparison_with_the_page(page, tmp_path, monkeypatch, capsys):
     page.LOGS.mkdir()
     for seed, value in ((0, 40.0), (1, 43.0)):
         metrics = {'mIoU': value, 'pixel accuracy': 80.0 + seed}
-        log = dict(config=name, seed=seed, iterations=3, metrics=metrics)
+        log = dict(config=name, seed=seed, length='3 iterations', metrics=metrics)
         (page.LOGS / page.log_name(log)).write_text(json.dumps(log))
     found = dict(mIoU=42.9, aAcc=78.9)
     runs = [write_run(tmp_path / f'seed{s}', name, s, [3.0, 2.0, 1.0], found) for s in (0, 2)]
@@ -208,7 +221,7 @@ def test_comparison_with_the_page(page, tmp_path, monkeypatch, capsys):
 
 
 def test_unfinished_training_is_refused(page, tmp_path):
-    name = 'retinanet_swin-demo_fpn_bccd-320x240'
+    name = 'retinanet_swin-demo_fpn_bccd-400x300'
     run = write_run(tmp_path / 'run', name, 0, [3.0, 2.0], {})
 
     with pytest.raises(UserError, match='no finished training of configs/small_data'):

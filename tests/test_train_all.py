@@ -70,7 +70,7 @@ def test_groups(tool):
 
 
 def test_rows_of_the_page(tool, tmp_path, monkeypatch):
-    for config, seed in (('retinanet_r18_fpn_bccd-320x240', 0), ('r18_upernet_camvid-320x240', 2)):
+    for config, seed in (('retinanet_r18_fpn_bccd-400x300', 0), ('r18_upernet_camvid-320x240', 2)):
         path = tmp_path / f'{config}_seed{seed}.json'
         path.write_text(json.dumps(dict(config=config, seed=seed)))
     monkeypatch.setattr(sys.modules['experiments'], 'RESULTS', tmp_path)
@@ -78,7 +78,7 @@ def test_rows_of_the_page(tool, tmp_path, monkeypatch):
     seeds = {experiment.name: experiment.seed for experiment in chosen}
     commands = [tool.plan(experiment, arguments()).command for experiment in chosen]
 
-    first, second = 'r18_upernet_camvid-320x240_seed2', 'retinanet_r18_fpn_bccd-320x240'
+    first, second = 'r18_upernet_camvid-320x240_seed2', 'retinanet_r18_fpn_bccd-400x300'
     assert seeds == {first: 2, second: 0}
     assert commands[0][-2:] == ('--cfg-options', 'randomness.seed=2')
     assert chosen[0].load().randomness.seed == 2

@@ -32,13 +32,13 @@ CURVES = ROOT / 'docs' / 'images' / 'results_curves.png'
 BEGIN, END = '<!-- Tables by results_page.py, do not edit -->\n', '<!-- End of the tables -->\n'
 # End of the names of a harness's configs: its title.
 TASKS = {
-    'bccd-320x240': 'RetinaNet on BCCD',
+    'bccd-400x300': 'RetinaNet on BCCD',
     'nuclei-256x256': 'Mask R-CNN on nuclei',
     'camvid-320x240': 'UperNet on CamVid',
 }
 # Metrics by name in the logs. Those of COCO are fractions there.
 METRICS = {
-    'bccd-320x240': {'coco/bbox_mAP': 'box AP', 'coco/bbox_mAP_50': 'box AP50'},
+    'bccd-400x300': {'coco/bbox_mAP': 'box AP', 'coco/bbox_mAP_50': 'box AP50'},
     'nuclei-256x256': {'coco/segm_mAP': 'mask AP', 'coco/segm_mAP_50': 'mask AP50'},
     'camvid-320x240': {'mIoU': 'mIoU', 'aAcc': 'pixel accuracy'},
 }
@@ -48,7 +48,7 @@ BACKBONES = {
     'twins-svt-demo': 'Twins-SVT, small',
     'r18': 'ResNet-18',
 }
-HEADER = ['Iterations', 'Params (M)', 'GFLOPs', 's/iteration', 'Minutes', 'Memory (GB)', 'Logs']
+HEADER = ['Length', 'Params (M)', 'GFLOPs', 's/iteration', 'Minutes', 'Memory (GB)', 'Logs']
 
 
 def count_backbone(cfg) -> tuple[float, float, float]:
@@ -83,7 +83,7 @@ def compact_log(work_dir: Path) -> dict:
             name: round(last[key] * (100 if key.startswith('coco') else 1), 2)
             for key, name in METRICS[task].items()
         },
-        iterations=run.total,
+        length=f'{run.total} {run.unit}s',
         batch_size=run.batch_size,
         optimizer=run.config.optim_wrapper.type,
         params_m=round(params, 2),
@@ -130,8 +130,8 @@ def compare(found: list[dict], logs: list[dict]) -> str:
         page = known.get(log_name(log))
         for metric, value in log['metrics'].items():
             row = [log['config'], str(log['seed']), metric, f'{value:.1f}']
-            if page is None or page['iterations'] != log['iterations']:
-                why = 'no such row' if page is None else f'{page["iterations"]} iterations there'
+            if page is None or page['length'] != log['length']:
+                why = 'no such row' if page is None else f'{page["length"]} there'
                 rows.append([*row, '-', '-', why])
                 continue
             width = noise(task_of(log['config']), metric, logs)
@@ -165,7 +165,7 @@ def table(task: str, logs: list[dict]) -> str:
         row = [
             link,
             *(', '.join(f'{run["metrics"][metric]:.1f}' for run in runs) for metric in metrics),
-            ', '.join(str(run['iterations']) for run in runs),
+            ', '.join(dict.fromkeys(run['length'] for run in runs)),
             f'{first["params_m"]:.2f}, backbone {first["backbone_params_m"]:.2f}',
             f'{first["backbone_gflops"]:.2f}',
             f'{statistics.median(run["seconds_per_iteration"] for run in runs):.2f}',
@@ -211,7 +211,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         formatter_class=cli.HelpFormatter,
         description='Write docs/results.md and its compact logs from work directories.',
-        epilog='example: python tools/analysis_tools/results_page.py work_dirs/*_bccd-320x240',
+        epilog='example: python tools/analysis_tools/results_page.py work_dirs/*_bccd-400x300',
     )
     parser.add_argument('work_dirs', nargs='*', type=Path, help='of finished trainings')
     help_ = 'only print how they differ from the page'

@@ -1,8 +1,8 @@
 # Copyright (c) mmscalablevit contributors. All rights reserved.
-# Blood cells, 640x480, in COCO's layout, at half of their size.
+# Blood cells, 640x480, in COCO's layout, at five eighths of their size.
 dataset_type = 'CocoDataset'
 data_root = 'data/bccd/'
-image_scale = (320, 240)
+image_scale = (400, 300)
 metainfo = dict(
     classes=('RBC', 'WBC', 'Platelets'), palette=[(220, 60, 60), (70, 150, 240), (250, 200, 60)]
 )

@@ -1,5 +1,5 @@
 # Copyright (c) mmscalablevit contributors. All rights reserved.
-_base_ = ['../_base_/backbones/resnet-18.py', '_base_/retinanet_bccd-320x240.py']
+_base_ = ['../_base_/backbones/resnet-18.py', '_base_/retinanet_bccd-400x300.py']
 model = dict(
     backbone=dict(_base_.backbone, out_indices=(1, 2, 3)),
     neck=dict(in_channels=_base_.embed_dims[1:]),

@@ -1,6 +1,0 @@
-# Copyright (c) mmscalablevit contributors. All rights reserved.
-_base_ = ['../_base_/backbones/swin-demo.py', '_base_/retinanet_bccd-320x240.py']
-model = dict(
-    backbone=dict(_base_.backbone, out_indices=(1, 2, 3)),
-    neck=dict(in_channels=_base_.embed_dims[1:]),
-)
