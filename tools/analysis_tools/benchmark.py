@@ -59,7 +59,8 @@ class Result:
 
     A multiply-add is two operations. Memory is resident on CPU, in a process of its own, and what
     PyTorch allocated on CUDA. ``backbone`` is its share in the time of a whole model. ``new_size``
-    is the seconds of a first pass at another image size, for which kernels may be planned anew.
+    is the seconds of a first pass of one image of another size, for which kernels may be planned
+    anew.
     """
 
     model: str
@@ -151,11 +152,11 @@ def measure(case: Case, args: argparse.Namespace) -> list[Result]:
             runs[name] = prepare(name, case, args.device)
             for _ in range(CALLS[args.device]):
                 runs[name]()
-            # Of its own for each, as a process keeps its plans. A compiler would compile again.
+            # Of its own for each, as a process keeps its plans; a batch of it might exceed the
+            # memory. A compiler would compile again.
             if ':compiled' not in name:
-                height = case.height + 32 * number
-                images = torch.rand(case.batch, 3, height, case.width).to(args.device)
-                first = partial(runs[name], images)
+                image = torch.rand(1, 3, case.height + 32 * number, case.width).to(args.device)
+                first = partial(runs[name], image)
                 results[name].new_size = seconds(first, args.device, calls=1)
         except torch.cuda.OutOfMemoryError:
             print(f'{case}: {name} needs more memory than the GPU has')
