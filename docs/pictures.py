@@ -2,11 +2,13 @@
 """Draw pictures of the pages: published results over FLOPs, predictions, and several compared.
 
 Predictions are those that ``demo/image_demo.py`` wrote to a folder; SOURCE is its predictions.json,
-a COCO file of annotations, or a label map::
+a COCO file of annotations, or a label map. DETECTED is what ``tools/test.py`` writes with the
+option ``test_evaluator.outfile_prefix``::
 
     python docs/pictures.py published
     python docs/pictures.py predictions --detected IMAGE FOLDER --segmented IMAGE FOLDER --out FILE
     python docs/pictures.py compared IMAGE CONFIG --panel TITLE SOURCE [--panel ...] --out FILE
+    python docs/pictures.py unmatched DETECTED CONFIG --out FILE
 """
 
 import argparse
@@ -18,6 +20,7 @@ import numpy as np
 import yaml
 from mmengine.config import Config
 from pycocotools.coco import COCO
+from pycocotools.mask import iou
 
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt
@@ -37,7 +40,10 @@ PLOTS = {
 }
 COLORS = [(230, 80, 70), (70, 150, 240), (250, 200, 60), (120, 210, 110)]
 BACKGROUND = (90, 90, 90)
+ANNOTATED = (0, 150, 0)
 SIDE = 300
+# Crops around single objects: side, rows and columns.
+TILE, TILES = 120, (3, 10)
 SCORE = 0.5
 
 
@@ -66,13 +72,19 @@ def main() -> None:
         '--panel', nargs=2, action='append', required=True, metavar=('TITLE', 'SOURCE')
     )
     compared.add_argument('--out', type=Path, required=True, help='file of the picture')
+    unmatched = pictures.add_parser('unmatched', help='detections where nothing is annotated')
+    unmatched.add_argument('detected', type=Path)
+    unmatched.add_argument('config', help='the config that was tested')
+    unmatched.add_argument('--out', type=Path, required=True, help='file of the picture')
     args = parser.parse_args()
     if args.picture == 'published':
         draw_published(IMAGES / 'published.png')
     elif args.picture == 'predictions':
         draw_predictions(args)
-    else:
+    elif args.picture == 'compared':
         draw_compared(args)
+    else:
+        draw_unmatched(args)
 
 
 def draw_published(out: Path) -> None:
@@ -133,6 +145,34 @@ def draw_compared(args: argparse.Namespace) -> None:
         axis.axis('off')
     figure.subplots_adjust(0.003, 0.003, 0.997, 0.93, 0.02, 0)
     figure.savefig(args.out)
+
+
+def draw_unmatched(args: argparse.Namespace) -> None:
+    """Draw the highest scores that overlap no annotated object by 0.1, with what is annotated."""
+    data = Config.fromfile(args.config).test_dataloader.dataset
+    truth, palette = COCO(Path(data.data_root, data.ann_file)), data.metainfo.palette
+    detected = truth.loadRes(str(args.detected))
+    certain = [x for x in detected.anns.values() if x['score'] >= SCORE]
+    found = [x for x in certain if not overlaps(x, truth.imgToAnns[x['image_id']])]
+    print(f'{len(found)} of {len(certain)} overlap nothing annotated')
+    tiles = []
+    for x in sorted(found, key=lambda x: -x['score'])[: TILES[0] * TILES[1]]:
+        file = truth.imgs[x['image_id']]['file_name']
+        image = read(Path(data.data_root, data.data_prefix.img, file))
+        objects = [dict(y, category_id=len(palette) + 1) for y in truth.imgToAnns[x['image_id']]]
+        drawn = draw_objects(image, [*objects, x], [*palette, ANNOTATED])
+        drawn = np.pad(drawn, ((TILE, TILE), (TILE, TILE), (0, 0)), constant_values=255)
+        left, top, width, height = np.array(x['bbox']) * SIDE / image.shape[0]
+        row, column = (round(value + TILE / 2) for value in (top + height / 2, left + width / 2))
+        tiles.append(drawn[row : row + TILE, column : column + TILE])
+    rows = [np.hstack(tiles[k : k + TILES[1]]) for k in range(0, len(tiles), TILES[1])]
+    cv2.imwrite(str(args.out), np.vstack(rows)[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 88])
+
+
+def overlaps(found: dict, objects: list[dict]) -> bool:
+    """Whether one of the objects has an IoU of 0.1 or more with what was found."""
+    boxes = [x['bbox'] for x in objects]
+    return np.max(iou([found['bbox']], boxes, [0] * len(boxes)), initial=0) >= 0.1
 
 
 def read(path: Path) -> np.ndarray:
