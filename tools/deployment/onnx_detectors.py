@@ -227,11 +227,14 @@ def check(detector: WholeDetector) -> None:
         for extractor in each(roi.bbox_roi_extractor):
             if type(extractor) is not SingleRoIExtractor or not extractor.roi_layers[0].aligned:
                 raise unsupported(extractor, 'only SingleRoIExtractor, aligned')
-    for cfg in (dense.test_cfg, *([roi.test_cfg] if roi is not None else [])):
+    tests = {'': dense.test_cfg} if roi is None else {'.rpn': dense.test_cfg, '.rcnn': roi.test_cfg}
+    for part, cfg in tests.items():
         if set(cfg.nms) != {'type', 'iou_threshold'} or cfg.nms.type != 'nms':
+            key = f'model.test_cfg{part}.nms'
             raise UserError(
                 f'{dict(cfg.nms)} cannot be exported: ONNX knows NMS of the type nms, with '
-                'iou_threshold and nothing else; set it with --cfg-options model.test_cfg...'
+                f'iou_threshold and nothing else; set it with --cfg-options {key}._delete_=True '
+                f'{key}.type=nms {key}.iou_threshold=0.5'
             )
 
 
