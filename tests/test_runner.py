@@ -3,11 +3,13 @@
 
 import ast
 import importlib
+import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from golden import TINY
 from jobs import run_tool
 from mmengine.config import Config
 from mmengine.registry import RUNNERS
@@ -63,6 +65,21 @@ def test_runner_has_no_private_method_of_mmengines():
     assert own
     assert not own & theirs
     assert RUNNERS.get('SafeRunner') is SafeRunner
+
+
+def test_attention_of_cudnn_is_a_choice(tmp_path):
+    """It plans for each shape, and PyTorch may take it first."""
+    code = f"""
+import torch
+from mmengine.config import Config
+from mmscalablevit.engine.runner import SafeRunner
+for option in ({{}}, dict(cudnn_sdp=True), dict(cudnn_sdp=False)):
+    cfg = dict(work_dir='.', model=dict(type='ScalableViT', arch={TINY}), log_level='ERROR')
+    SafeRunner.from_cfg(Config(dict(cfg, env_cfg=dict(dist_cfg=dict(backend='nccl'), **option))))
+    print('cuDNN:', torch.backends.cuda.cudnn_sdp_enabled())
+"""
+    used = re.findall(r'cuDNN: (\w+)', run_tool(['-c', code], tmp_path))
+    assert used == ['False', 'True', 'False']
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import signal
 import sys
 from collections.abc import Iterable, Iterator
 
+import torch
 from filelock import FileLock, Timeout
 from mmengine.config import Config
 from mmengine.dataset import worker_init_fn
@@ -69,6 +70,8 @@ class SafeRunner(Runner):
       waits for nobody: its launcher ends the others. Workers of data loaders end with their job.
     - Without an accelerator, gloo takes the place of NCCL, bfloat16 that of float16, and BN layers
       are not synchronized.
+    - cuDNN's attention, which plans anew for each image size, is used with ``cudnn_sdp=True`` in
+      ``env_cfg`` alone.
 
     Its arguments are those of mmengine's ``Runner``.
 
@@ -109,6 +112,9 @@ class SafeRunner(Runner):
         if connects and get_device() == 'cpu':
             connect_cpus(self.launcher)
         super().setup_env(env_cfg)
+        # On Hopper and later, PyTorch may take cuDNN's attention first, which plans for each new
+        # shape: up to a second for each, and a detector has new ones with nearly every batch.
+        torch.backends.cuda.enable_cudnn_sdp(env_cfg.get('cudnn_sdp', False))
         self._ending = Ending()
         if connects:
             watch_hosts()

@@ -114,6 +114,7 @@ def size(text: str) -> tuple[int, int, int]:
 
 def prepare(name: str, case: Case, device: str) -> Callable[[], None]:
     """Build a model and return what runs it once in a case."""
+    torch.backends.cuda.enable_cudnn_sdp(False)  # As in trainings.
     model = build(name).to(device)
     model.train(case.mode == 'train')
     images = torch.rand(case.batch, 3, case.height, case.width).to(device)
