@@ -3,10 +3,12 @@
 
 import runpy
 import sys
+from collections import OrderedDict
 
 import plain_configs  # noqa: F401
 import pytest
 from jobs import ROOT, draw_shapes, job_environment
+from mmengine.registry import DefaultScope
 
 # Minutes each: they start first, so that no worker of pytest-xdist ends long after the others.
 SLOW = ['test_launchers', 'test_custom_dataset', 'test_distributed', 'test_train_all', 'test_tools']
@@ -15,6 +17,12 @@ SLOW = ['test_launchers', 'test_custom_dataset', 'test_distributed', 'test_train
 def pytest_collection_modifyitems(items):
     rank = {name: number for number, name in enumerate(SLOW)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(SLOW)))
+
+
+@pytest.fixture(autouse=True)
+def no_default_scope(monkeypatch):
+    """The scope in which registries look is not that of an earlier test."""
+    monkeypatch.setattr(DefaultScope, '_instance_dict', OrderedDict())
 
 
 @pytest.fixture(scope='module')

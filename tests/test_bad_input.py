@@ -6,7 +6,6 @@ import json
 import shutil
 import sys
 import traceback
-from collections import OrderedDict
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import torch
 import yaml
 from jobs import ROOT, draw_shapes, write_map
 from mmengine.config import Config
-from mmengine.registry import MODELS, DefaultScope, init_default_scope
+from mmengine.registry import MODELS, init_default_scope
 from PIL import Image
 
 from mmscalablevit.checks import config as checks
@@ -138,8 +137,6 @@ def folder(shapes, tmp_path, monkeypatch):
     # For speed: every run logs its compilers and its formatted config.
     monkeypatch.setattr('mmengine.runner.runner.collect_env', dict)
     monkeypatch.setattr(Config, 'pretty_text', '')
-    # Runs of the same second have the same name, by which mmengine keeps their scopes.
-    monkeypatch.setattr(DefaultScope, '_instance_dict', OrderedDict())
     return Path(shutil.copytree(shapes, tmp_path / 'data'))
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 from mmengine.logging import MMLogger
-from mmengine.registry import DefaultScope
 
 from mmscalablevit import engine, models
 
@@ -27,9 +26,7 @@ def test_examples_give_what_they_show(name, tmp_path, monkeypatch):
     # Before doctest replaces stdout: what is logged is no part of an example's output.
     MMLogger.get_current_instance()
 
-    # Not in the scope of a toolbox that an earlier test left.
-    with DefaultScope.overwrite_default_scope('mmengine'):
-        assert not doctest.testmod(importlib.import_module(name)).failed
+    assert not doctest.testmod(importlib.import_module(name)).failed
 
 
 @pytest.mark.parametrize('package', [engine, models], ids=lambda package: package.__name__)
