@@ -53,7 +53,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     pictures = parser.add_subparsers(dest='picture', required=True)
-    pictures.add_parser('published', help='box AP and mIoU over GFLOPs, from the metafiles')
+    published = pictures.add_parser(
+        'published', help='box AP and mIoU over GFLOPs, from the metafiles'
+    )
+    published.set_defaults(draw=draw_published, out=IMAGES / 'published.png')
     drawn = pictures.add_parser('predictions', help='images and what was found, side by side')
     for name in ('detected', 'segmented'):
         drawn.add_argument(
@@ -65,6 +68,7 @@ def main() -> None:
             metavar=('IMAGE', 'FOLDER'),
         )
     drawn.add_argument('--out', type=Path, required=True, help='file of the picture')
+    drawn.set_defaults(draw=draw_predictions)
     compared = pictures.add_parser('compared', help='one image, from several sources')
     compared.add_argument('image', type=Path)
     compared.add_argument('config', help='a config with the metainfo of the data set')
@@ -72,22 +76,17 @@ def main() -> None:
         '--panel', nargs=2, action='append', required=True, metavar=('TITLE', 'SOURCE')
     )
     compared.add_argument('--out', type=Path, required=True, help='file of the picture')
+    compared.set_defaults(draw=draw_compared)
     unmatched = pictures.add_parser('unmatched', help='detections where nothing is annotated')
     unmatched.add_argument('detected', type=Path)
     unmatched.add_argument('config', help='the config that was tested')
     unmatched.add_argument('--out', type=Path, required=True, help='file of the picture')
+    unmatched.set_defaults(draw=draw_unmatched)
     args = parser.parse_args()
-    if args.picture == 'published':
-        draw_published(IMAGES / 'published.png')
-    elif args.picture == 'predictions':
-        draw_predictions(args)
-    elif args.picture == 'compared':
-        draw_compared(args)
-    else:
-        draw_unmatched(args)
+    args.draw(args)
 
 
-def draw_published(out: Path) -> None:
+def draw_published(args: argparse.Namespace) -> None:
     """Draw the published results: all points hollow, as none is reproduced here."""
     figure, axes = plt.subplots(1, len(PLOTS), figsize=(9, 3.4), dpi=100)
     for axis, (title, (folder, pattern, metric)) in zip(axes, PLOTS.items(), strict=True):
@@ -105,7 +104,7 @@ def draw_published(out: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].legend(loc='lower right')
     figure.tight_layout()
-    figure.savefig(out)
+    figure.savefig(args.out)
 
 
 def draw_predictions(args: argparse.Namespace) -> None:
